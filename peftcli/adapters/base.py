@@ -1,0 +1,239 @@
+"""What a method states: its tensors and one equation. Forward, merge, unmerge, saving and loading are derived from it.
+
+A method is a class of one of three families. It holds no parameters: the layer that wraps the adapted module does, under
+PEFT's names, and hands them in as `p` (so the same equation serves a live model, a merge of files and a memory plan).
+
+| family             | equation                    | the method writes                                   |
+|--------------------|-----------------------------|-----------------------------------------------------|
+| `LowRankAdapter`   | y = W x + b + B (A x)       | `factors(p)` -> A [r, in], B [out, r]               |
+| `DeltaAdapter`     | y = (W + dW) x + b          | `delta(p)` -> dW [out, in]; `activation(p, x)` to be quick |
+| `TransformAdapter` | y = after(W before(x) + b)  | `before(p, x)` and/or `after(p, y)`                 |
+
+Weights are always meant as the matrix [out, in] that multiplies a column of inputs, whatever the module stores: a
+convolution is [out, in/groups * kernel], an embedding [dim, tokens], GPT-2's Conv1D its transpose. `Site` translates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from peftcli.lazy import functional, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+SiteKind = Literal["linear", "conv", "embedding", "attention", "parameter", "module"]
+"""What a method can tell apart. `linear` includes GPT-2's Conv1D and quantised layers; `module` is anything else."""
+
+Init = Literal["zeros", "ones", "kaiming", "normal", "empty"]
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """The shape of one adapted module, known without its weights.
+
+    Attributes:
+        name: path in the base model, `model.layers.0.self_attn.q_proj`.
+        kind: see `SiteKind`.
+        in_features: input features, channels, or tokens of an embedding.
+        out_features: output features, channels, or the dimension of an embedding.
+        kernel: kernel of a convolution, () elsewhere.
+        groups: groups of a convolution.
+        has_bias: whether the module has a bias.
+        experts: for a fused stack of matrices [experts, ...], how many; 1 elsewhere.
+    """
+
+    name: str
+    kind: SiteKind
+    in_features: int
+    out_features: int
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+    has_bias: bool = False
+    experts: int = 1
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The weight's shape [out, in] as a matrix."""
+        return self.out_features, self.in_features // self.groups * math.prod(self.kernel)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor a method keeps at a site.
+
+    Attributes:
+        shape: its shape, also in the file.
+        init: how a fresh one is filled; anything else is done in `Adapter.initialize`.
+        trainable: False for state that is stored but not learnt.
+        saved: False for state regenerated from a seed.
+        dtype: torch dtype name of a tensor that is not of the adapter's floating type, e.g. `int32`.
+        shared: kept once a model, saved as `base_model.<name>`; all sites see the same tensor.
+    """
+
+    shape: tuple[int, ...]
+    init: Init = "empty"
+    trainable: bool = True
+    saved: bool = True
+    dtype: str | None = None
+    shared: bool = False
+
+
+class Tensors(dict[str, "Tensor"]):
+    """An adapter's tensors at one site, by the name of the file's key after the module path.
+
+    `p.lora_A` is short for `p["lora_A.weight"]` or `p["lora_A"]`, whichever exists.
+    """
+
+    def __getattr__(self, name: str) -> Tensor:
+        weight = self.get(f"{name}.weight")
+        if weight is not None:
+            return weight
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def to(self, dtype: torch.dtype) -> Tensors:
+        """The same tensors with floating ones cast to `dtype` (through autograd)."""
+        return Tensors({name: t.to(dtype) if t.is_floating_point() else t for name, t in self.items()})
+
+
+BaseWeight = Callable[[], "Tensor"]
+"""Gives the base weight as a matrix [out, in] (dequantised, gathered). A call, since it may be costly."""
+
+
+class Adapter:
+    """One adapter at one site: tensors declared, equation stated, no parameters owned.
+
+    Args:
+        config: the method's config.
+        shape: the site's shape.
+        weight: gives the base weight as a matrix; only methods whose equation needs it call it.
+    """
+
+    kinds: ClassVar[frozenset[SiteKind]] = frozenset({"linear"})
+    """Site kinds the method means something for; others are refused by name."""
+
+    mergeable: ClassVar[bool] = True
+
+    def __init__(self, config: Any, shape: SiteShape, weight: BaseWeight | None = None) -> None:
+        self.config, self.shape, self._weight = config, shape, weight
+        self.scaling: float = self.initial_scaling()
+
+    def initial_scaling(self) -> float:
+        """The factor on the update (alpha / r for LoRA); kept as an attribute so that users can rescale an adapter."""
+        return 1.0
+
+    def weight(self) -> Tensor:
+        """The base weight as a matrix [out, in]."""
+        if self._weight is None:
+            raise RuntimeError(f"{type(self).__name__} needs the base weight of {self.shape.name}")
+        return self._weight()
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Every tensor of this adapter at this site, by the key's last part (`lora_A.weight`). Needs no torch."""
+        raise NotImplementedError
+
+    def initialize(self, p: Tensors) -> Tensor | None:
+        """Fill what the specs' `init` could not, in place, under no_grad.
+
+        Returns:
+            A new base weight [out, in] where the method takes its start out of the base (PiSSA, OLoRA), else None.
+        """
+        return None
+
+    # -- derived --------------------------------------------------------------------------------------------------
+
+    def merged_weight(self, p: Tensors, weight: Tensor) -> Tensor:
+        """The weight [out, in] that makes the bare module compute what module + adapter do."""
+        raise NotImplementedError
+
+    def merged_bias(self, p: Tensors, bias: Tensor) -> Tensor:
+        """The bias [out] that belongs to `merged_weight`."""
+        return bias
+
+
+class DeltaAdapter(Adapter):
+    """y = (W + dW) x + b. The method writes `delta`."""
+
+    kinds = frozenset({"linear", "conv", "embedding", "attention", "parameter"})
+
+    @property
+    def dropout(self) -> float:
+        """Probability with which inputs of the adapter's path are dropped in training."""
+        return 0.0
+
+    def delta(self, p: Tensors) -> Tensor:
+        """dW as a matrix [out, in], scaling included, in the dtype of `p`."""
+        raise NotImplementedError
+
+    def activation(self, p: Tensors, x: Tensor) -> Tensor | None:
+        """dW x for x [..., in] without building dW, or None where building it is the best there is."""
+        return None
+
+    def merged_weight(self, p: Tensors, weight: Tensor) -> Tensor:
+        return weight + self.delta(p).to(weight.dtype)
+
+
+class LowRankAdapter(DeltaAdapter):
+    """y = W x + b + B (A x). The method writes `factors`; sites apply them without building B A."""
+
+    def factors(self, p: Tensors) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r] with the scaling folded into one of them. With groups g, B is [out, r / g]."""
+        raise NotImplementedError
+
+    def delta(self, p: Tensors) -> Tensor:
+        a, b = self.factors(p)
+        groups = self.shape.groups
+        if groups == 1:
+            return b @ a
+        blocks = torch.bmm(b.view(groups, -1, b.shape[1]), a.view(groups, -1, a.shape[1]))
+        return blocks.reshape(b.shape[0], a.shape[1])
+
+    def activation(self, p: Tensors, x: Tensor) -> Tensor | None:
+        a, b = self.factors(p)
+        return functional.linear(functional.linear(x, a), b)
+
+
+class TransformAdapter(Adapter):
+    """y = after(W before(x) + b). The method writes one or both; each is linear in its last dimension."""
+
+    kinds = frozenset({"linear", "conv", "attention", "parameter"})
+    transforms_bias: ClassVar[bool] = True
+    """Whether `after` acts on W x + b (True) or on W x alone (False)."""
+
+    def before(self, p: Tensors, x: Tensor) -> Tensor:
+        """x [..., in] on its way into the base module."""
+        return x
+
+    def after(self, p: Tensors, y: Tensor) -> Tensor:
+        """y [..., out] on its way out."""
+        return y
+
+    def merged_weight(self, p: Tensors, weight: Tensor) -> Tensor:
+        # Rows of the identity are the unit inputs: pushing them through gives the transposed weight.
+        inputs = self.before(p, torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device))
+        return self.after(p, inputs @ weight.T).T
+
+    def merged_bias(self, p: Tensors, bias: Tensor) -> Tensor:
+        return self.after(p, bias.unsqueeze(0)).squeeze(0) if self.transforms_bias else bias
+
+
+def fill(tensor: Tensor, init: Init, generator: torch.Generator | None = None) -> None:
+    """Fill a fresh parameter in place as its spec says."""
+    if init == "zeros":
+        tensor.zero_()
+    elif init == "ones":
+        tensor.fill_(1)
+    elif init == "kaiming":  # torch's default of nn.Linear: uniform in +-1 / sqrt(fan_in)
+        torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+    elif init == "normal":
+        tensor.normal_(generator=generator)
+
+
+SpecMap = Mapping[str, TensorSpec]

@@ -1,0 +1,314 @@
+"""Configs: one dataclass a method, with PEFT's field names, read strictly and written so that every PEFT can read them.
+
+A field annotation carries its bounds (`Annotated[int, Ge(1)]`), so one declaration serves the Python API, recipes,
+`adapter_config.json` and the JSON schema. A field that PEFT 0.13.0 does not know is declared with `later(...)`: it is
+written only when it differs from its default, since 0.13.0 refuses files with unknown keys.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, cast
+
+from peftcli.errors import InputError, InputErrors, nearest, printable
+
+CONFIG_NAME = "adapter_config.json"
+MAX_CONFIG_BYTES = 8 << 20
+
+Config = TypeVar("Config", bound="PeftConfig")
+
+# Keys of later PEFT versions that say nothing about the maths.
+IGNORED_KEYS = frozenset({"peft_version"})
+
+
+class TaskType(str, Enum):
+    """What the adapted model is trained to do (PEFT's names)."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+def later(default: Any, *, since: str) -> Any:
+    """A field PEFT 0.13.0 does not know: written only when it differs from `default`."""
+    metadata = {"since": since}
+    if isinstance(default, (list, dict, set)):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def runtime(default: Any) -> Any:
+    """A field that steers this process only and is never written."""
+    return field(default=default, metadata={"saved": False})
+
+
+@dataclass
+class PeftConfig:
+    """Fields every adapter config has.
+
+    Attributes:
+        task_type: one of `TaskType`, or None for a custom model.
+        base_model_name_or_path: the base the adapter belongs to; a name, never a path we follow on our own.
+        revision: revision of the base on the hub.
+        auto_mapping: class and library of a base that has no task type (PEFT's field; never imported by us).
+        inference_mode: True in files; adapters are loaded frozen unless `is_trainable=True`.
+    """
+
+    peft_type: ClassVar[str] = ""
+    """PEFT's name of the method, e.g. LORA."""
+
+    is_prompt_learning: ClassVar[bool] = False
+    prefix: ClassVar[str] = ""
+    """What the names of this method's tensors start with."""
+
+    task_type: TaskType | str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    inference_mode: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values; sets become sorted lists, so equal configs give equal text."""
+        values = {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+        return {"peft_type": self.peft_type, **values}
+
+    def to_saved_dict(self) -> dict[str, Any]:
+        """What `adapter_config.json` holds: PEFT 0.13.0's keys, and later ones only where they say something."""
+        values = self.to_dict()
+        values["inference_mode"] = True
+        for item in fields(self):
+            default = item.default if item.default_factory is MISSING else item.default_factory()
+            unsaid = "since" in item.metadata and values[item.name] == _plain(default)
+            if unsaid or not item.metadata.get("saved", True):
+                del values[item.name]
+        return values
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `adapter_config.json` into `folder`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / CONFIG_NAME).write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_saved_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls: type[Config], values: dict[str, Any], *, place: str | Path = "adapter config") -> Config:
+        """A config from untyped values, every field checked.
+
+        Raises:
+            InputErrors: listing every unknown, mistyped and out-of-range field.
+        """
+        return build_config(cls, values, place=place)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> PeftConfig:
+        """The config saved in `folder` (or named by a hub id); its class follows the file's `peft_type`."""
+        from peftcli.adapters.checkpoint import resolve_adapter_folder
+
+        return read_config(resolve_adapter_folder(folder) / CONFIG_NAME)
+
+    def validate(self) -> None:
+        """Check fields against each other; called before an adapter is attached. Methods extend it."""
+
+
+@dataclass
+class TunerConfig(PeftConfig):
+    """Fields of the methods that adapt modules inside the model.
+
+    Attributes:
+        target_modules: names (a module matches if its name is one of them or ends with `.` + one), a regular
+            expression for the whole name, `all-linear`, or None for the model type's usual ones.
+        exclude_modules: names or expression taken out of the matches.
+        modules_to_save: modules trained in full and stored beside the adapter (a new head, for instance).
+        layers_to_transform: indices of the layers to adapt; all when None.
+        layers_pattern: name of the list those indices count in, where it is not the usual one.
+    """
+
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = later(None, since="0.14")
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        self.target_modules = _as_set(self.target_modules)
+        self.exclude_modules = _as_set(self.exclude_modules)
+
+    def validate(self) -> None:
+        super().validate()
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str) and not self.is_all_linear:
+            raise InputError(
+                "`layers_to_transform` cannot be used when `target_modules` is a str.",
+                field="layers_to_transform",
+                fix="give target_modules as a list, or write the layer numbers into the expression",
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise InputError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified.",
+                field="layers_pattern",
+            )
+
+    @property
+    def is_all_linear(self) -> bool:
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
+
+
+def read_config(path: Path) -> PeftConfig:
+    """Read and check an `adapter_config.json` of any method.
+
+    Raises:
+        InputErrors: with every problem found in the file.
+    """
+    from peftcli.adapters.registry import config_class
+
+    values = read_strict_json(path)
+    peft_type = values.get("peft_type")
+    if not isinstance(peft_type, str):
+        raise InputError(f"is {printable(peft_type)}, not a string", place=path, field="peft_type")
+    return build_config(config_class(peft_type, place=path), values, place=path)
+
+
+def read_strict_json(path: Path, *, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """A JSON object from a file that nobody vouches for: UTF-8, no duplicate keys, no NaN, bounded size and depth."""
+    name = path.name
+    try:
+        with path.open("rb") as file:
+            raw = file.read(limit + 1)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", place=path) from error
+    if len(raw) > limit:
+        raise InputError(f"is larger than {limit:,} bytes: not a config", place=path)
+    try:
+        values = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise InputError(f"is not UTF-8 (byte {error.start})", place=path) from error
+    except RecursionError as error:
+        raise InputError(f"{name} is nested too deeply", place=path) from error
+    except ValueError as error:
+        raise InputError(f"is not valid JSON: {error}", place=path) from error
+    if not isinstance(values, dict):
+        raise InputError(f"holds {type(values).__name__}, not an object", place=path)
+    return values
+
+
+def build_config(cls: type[Config], values: dict[str, Any], *, place: str | Path) -> Config:
+    """Check `values` against the annotations of `cls` and build it. Unknown keys are refused unless they hold nothing."""
+    known = {item.name for item in fields(cls)}
+    given = {name: value for name, value in values.items() if name in known}
+    problems = [
+        InputError(
+            f"unknown field of {cls.__name__} with the value {printable(value, 80)}: the maths may differ",
+            place=place,
+            field=name,
+            fix=str(nearest(name, known)) or "the file needs a newer version, or the field is not supported",
+        )
+        for name, value in values.items()
+        if name not in known and name not in IGNORED_KEYS | {"peft_type"} and _says_something(value)
+    ]
+    problems += field_problems(cls, given, place=place)
+    if problems:
+        raise problems[0] if len(problems) == 1 else InputErrors(problems)
+    config = cls(**given)
+    try:
+        config.validate()
+    except InputError as error:
+        raise InputError(error.problem, place=place, field=error.field, allowed=error.allowed, fix=error.fix) from None
+    return config
+
+
+def field_problems(cls: type[PeftConfig], values: dict[str, Any], *, place: str | Path) -> list[InputError]:
+    """One problem for each value that does not fit its field's annotation (strictly: no `"8"` for 8, no True for 1)."""
+    from pydantic import ValidationError
+
+    problems = []
+    for name, value in values.items():
+        try:
+            _field_adapters(cls)[name].validate_python(value, strict=True)
+        except ValidationError as error:
+            problems.append(_field_problem(name, value, error, place))
+    return problems
+
+
+def _field_problem(name: str, value: Any, error: Any, place: str | Path) -> InputError:
+    """Pydantic's reasons, one a line at most, without its links and class names."""
+    reasons: list[str] = []
+    for item in error.errors(include_url=False, include_context=False, include_input=False)[:6]:
+        where = ".".join(str(part) for part in item["loc"] if not isinstance(part, str) or "[" not in part)
+        reason = item["msg"] + (f" (at {where})" if len(where) > 0 and where != name else "")
+        if reason not in reasons:
+            reasons.append(reason)
+    return InputError(f"{printable(repr(value), 80)} is not accepted: {'; or '.join(reasons)}", place=place, field=name)
+
+
+@cache
+def _field_adapters(cls: type[PeftConfig]) -> dict[str, Any]:
+    """A strict validator for each field, built once a class."""
+    from typing import get_type_hints
+
+    from pydantic import ConfigDict, TypeAdapter
+
+    hints = get_type_hints(cls, include_extras=True)
+    config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    def adapter(annotation: Any) -> Any:
+        try:
+            return TypeAdapter(annotation, config=config)
+        except Exception:  # a dataclass or model carries its own configuration
+            return TypeAdapter(annotation)
+
+    return {item.name: adapter(hints[item.name]) for item in fields(cls)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    return value
+
+
+def _as_set(value: Any) -> Any:
+    return set(value) if isinstance(value, (list, tuple)) else value
+
+
+def _says_something(value: Any) -> bool:
+    return value not in (None, False, {}, [], "")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"duplicate key {printable(twice)!r}")
+    return result
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def is_config(value: Any) -> bool:
+    return isinstance(value, PeftConfig)
+
+
+def as_tuner_config(config: PeftConfig) -> TunerConfig:
+    """`config`, known to adapt modules. Prompt learning configs are refused with PEFT's words."""
+    if not isinstance(config, TunerConfig):
+        raise InputError("`create_and_replace` does not support prompt learning and adaption prompt yet.")
+    return cast(TunerConfig, config)

@@ -1,0 +1,61 @@
+"""The methods, one line each: PEFT's name, the file, the config class and the adapter class. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftcli.errors import InputError, nearest, printable
+
+if TYPE_CHECKING:
+    from peftcli.adapters.base import Adapter
+    from peftcli.adapters.config import PeftConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """Where a method lives."""
+
+    file: str
+    config: str
+    adapter: str
+
+
+METHODS: dict[str, Method] = {
+    "LORA": Method("lora", "LoraConfig", "Lora"),
+}
+
+
+def method_names() -> list[str]:
+    """The names a recipe's `adapter.method` may have (PEFT's types in lower case)."""
+    return [name.lower() for name in METHODS]
+
+
+def config_class(peft_type: str, *, place: str | Path | None = None) -> type[PeftConfig]:
+    """The config class of a method, e.g. `LoraConfig` for LORA. Any letter case is understood in recipes' names only.
+
+    Raises:
+        InputError: if no method has that name.
+    """
+    method = _entry(peft_type, place)
+    return getattr(import_module(f"peftcli.adapters.methods.{method.file}"), method.config)
+
+
+def adapter_class(peft_type: str) -> type[Adapter]:
+    """The class that states a method's tensors and equation, e.g. `Lora` for LORA."""
+    method = _entry(peft_type, None)
+    return getattr(import_module(f"peftcli.adapters.methods.{method.file}"), method.adapter)
+
+
+def _entry(peft_type: str, place: str | Path | None) -> Method:
+    if peft_type not in METHODS:
+        raise InputError(
+            f"unknown method {printable(peft_type)!r}",
+            place=place,
+            field="peft_type",
+            allowed=", ".join(METHODS),
+            fix=str(nearest(peft_type.upper(), METHODS)) or None,
+        )
+    return METHODS[peft_type]
