@@ -1,1 +1,1 @@
-
+"""From files to tokens: readers, formats, chat templates with the loss mask, and batches."""

@@ -1,0 +1,95 @@
+"""Which samples go together in a batch, in which order, on which rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from peftcli.errors import InputError
+from peftcli.lazy import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+WINDOWS_PER_CHUNK = 50
+"""Samples are sorted by length within chunks of this many windows: long enough to leave little padding (1-2 %), short
+enough that a sample's neighbours differ from epoch to epoch."""
+
+
+def batches(
+    lengths: Sequence[int] | NDArray[np.int64],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    group_by_length: bool = True,
+    world_size: int = 1,
+    rank: int = 0,
+    drop_last: bool = False,
+) -> list[list[int]]:
+    """The batches of sample indices that `rank` sees in `epoch`; the same call gives the same answer everywhere.
+
+    The shuffled samples are cut into windows of `batch_size * world_size`, one batch for each rank. So that all ranks
+    take the same number of steps, the last, short window is shared out evenly (batches may be short, none is empty).
+    A last window with fewer samples than ranks joins the window before it and both are filled evenly. Every sample is
+    seen exactly once an epoch, unless that is impossible (`batch_size` 1, or fewer samples than ranks): then the last
+    window is filled up with repeats of its own samples.
+
+    With `group_by_length` a window holds samples of similar length, windows come in random order and the one with the
+    longest sample comes first, so that a batch that does not fit in memory fails at the first step.
+
+    Raises:
+        InputError: `drop_last` leaves nothing.
+    """
+    if not 0 <= rank < world_size or batch_size < 1:
+        raise ValueError(f"rank {rank} of {world_size} with batches of {batch_size}")
+    generator = np.random.default_rng([seed, epoch])
+    sizes = np.asarray(lengths)
+    order = generator.permutation(len(sizes))
+    size = batch_size * world_size
+    if group_by_length:
+        order = _sorted_in_chunks(order, sizes, size * WINDOWS_PER_CHUNK)
+    windows = [order[start : start + size] for start in range(0, len(order), size)]
+    windows = _drop(windows, size) if drop_last else _even(windows, world_size)
+    if group_by_length:
+        windows = _shuffled(windows, sizes, generator)
+    return [window[rank::world_size].tolist() for window in windows]
+
+
+def _sorted_in_chunks(order: NDArray[np.int64], lengths: NDArray[np.int64], chunk: int) -> NDArray[np.int64]:
+    """`order` with each run of `chunk` samples sorted by falling length (equal lengths keep their random order)."""
+    parts = [order[start : start + chunk] for start in range(0, len(order), chunk)]
+    return np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts] or [order])
+
+
+def _drop(windows: list[NDArray[np.int64]], size: int) -> list[NDArray[np.int64]]:
+    full = [window for window in windows if len(window) == size]
+    if windows and not full:
+        raise InputError(
+            f"{len(windows[0])} samples do not fill one batch of {size} (all processes), and short batches are dropped",
+            field="training.dataloader_drop_last",
+            fix="lower training.per_device_train_batch_size, or keep the short batch",
+        )
+    return full
+
+
+def _even(windows: list[NDArray[np.int64]], world_size: int) -> list[NDArray[np.int64]]:
+    """`windows` with at least one sample for each rank in the last one, too."""
+    if not windows or len(windows[-1]) >= world_size:
+        return windows
+    if len(windows) > 1 and len(windows[-2]) + len(windows[-1]) >= 2 * world_size:
+        *rest, before, last = windows
+        return [*rest, *np.array_split(np.concatenate([before, last]), 2)]
+    return [*windows[:-1], np.resize(windows[-1], world_size)]
+
+
+def _shuffled(
+    windows: list[NDArray[np.int64]], lengths: NDArray[np.int64], generator: np.random.Generator
+) -> list[NDArray[np.int64]]:
+    """`windows` in random order: that with the longest sample first, the last (perhaps short) one last."""
+    if len(windows) < 2:
+        return windows
+    *full, last = windows
+    shuffled = [full[index] for index in generator.permutation(len(full))]
+    longest = max(range(len(shuffled)), key=lambda index: lengths[shuffled[index]].max())
+    shuffled[0], shuffled[longest] = shuffled[longest], shuffled[0]
+    return [*shuffled, last]

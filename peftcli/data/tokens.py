@@ -1,0 +1,84 @@
+"""A tokenised data set as three flat columns, the form it has on disk and in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from peftcli.lazy import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Sample: TypeAlias = "tuple[NDArray[np.int32], NDArray[np.bool_]]"
+
+
+class TokenDataset:
+    """Samples laid end to end: sample i is `input_ids[offsets[i]:offsets[i + 1]]`.
+
+    Args:
+        input_ids: [tokens] int32.
+        supervised: [tokens] bool; token t of a sample is a label of the next-token loss where this is true. Never true
+            at t = 0, which nothing predicts, so `supervised.sum()` is the exact number of labels.
+        offsets: [samples + 1] int64, from 0 to the number of tokens.
+    """
+
+    def __init__(self, input_ids: NDArray[np.int32], supervised: NDArray[np.bool_], offsets: NDArray[np.int64]) -> None:
+        if len(input_ids) != len(supervised) or offsets[0] != 0 or offsets[-1] != len(input_ids):
+            raise ValueError("the columns of a TokenDataset do not fit together")
+        self.input_ids, self.supervised, self.offsets = input_ids, supervised, offsets
+
+    @classmethod
+    def from_samples(cls, samples: Iterable[Sample]) -> TokenDataset:
+        """Lay `(ids, supervised)` pairs end to end."""
+        pairs = list(samples)
+        offsets = np.zeros(len(pairs) + 1, np.int64)
+        np.cumsum([len(ids) for ids, _ in pairs], out=offsets[1:])
+        return cls(
+            np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in pairs)], dtype=np.int32),
+            np.concatenate([np.empty(0, np.bool_), *(mask for _, mask in pairs)], dtype=np.bool_),
+            offsets,
+        )
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Sample:
+        """Views `(ids [T] int32, supervised [T] bool)` of one sample."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        span = slice(self.offsets[index], self.offsets[index + 1])
+        return self.input_ids[span], self.supervised[span]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[samples] tokens of each sample."""
+        return np.diff(self.offsets)
+
+    @property
+    def label_counts(self) -> NDArray[np.int64]:
+        """[samples] supervised tokens of each sample."""
+        before = np.concatenate([[0], np.cumsum(self.supervised, dtype=np.int64)])
+        return np.diff(before[self.offsets])
+
+    def select(self, indices: Sequence[int] | NDArray[np.int64]) -> TokenDataset:
+        """A copy with the samples at `indices`, in that order; an index may come more than once."""
+        return TokenDataset.from_samples(self[int(index)] for index in indices)
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file; it appears whole or not at all."""
+        from safetensors.numpy import save
+
+        columns = {"input_ids": self.input_ids, "supervised": self.supervised, "offsets": self.offsets}
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished.write_bytes(save(columns))
+        os.replace(unfinished, path)
+
+    @classmethod
+    def load(cls, path: Path) -> TokenDataset:
+        """Read what `save` wrote."""
+        from safetensors.numpy import load_file
+
+        return cls(**load_file(path))

@@ -1,0 +1,84 @@
+"""Every sample once an epoch, the same number of steps on every rank, the same answer every time."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peftcli.data.sampler import batches
+from peftcli.errors import InputError
+
+shapes = {
+    "lengths": st.lists(st.integers(1, 50), max_size=120),
+    "batch_size": st.integers(1, 5),
+    "world_size": st.integers(1, 4),
+    "group_by_length": st.booleans(),
+    "seed": st.integers(0, 3),
+    "epoch": st.integers(0, 2),
+}
+
+
+def all_ranks(lengths, batch_size, world_size, **settings):
+    return [batches(lengths, batch_size, world_size=world_size, rank=rank, **settings) for rank in range(world_size)]
+
+
+@given(**shapes)
+@settings(max_examples=300, deadline=None)
+def test_every_sample_is_seen_once_in_equally_many_batches(lengths, batch_size, world_size, **settings):
+    ranks = all_ranks(lengths, batch_size, world_size, **settings)
+    assert len({len(rank) for rank in ranks}) == 1
+    assert all(1 <= len(batch) <= batch_size for rank in ranks for batch in rank)
+    seen = Counter(index for rank in ranks for batch in rank for index in batch)
+    assert set(seen) == set(range(len(lengths)))
+    unavoidable = len(lengths) < world_size or (batch_size == 1 and len(lengths) % world_size)
+    if not unavoidable:
+        assert max(seen.values(), default=1) == 1
+    assert sum(seen.values()) - len(lengths) < world_size
+
+
+@given(**shapes)
+@settings(max_examples=50, deadline=None)
+def test_the_same_call_gives_the_same_batches(**call):
+    assert all_ranks(**call) == all_ranks(**call)
+
+
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_seed_and_epoch_change_the_order(group_by_length):
+    lengths = np.arange(1, 200)
+    orders = [
+        str(batches(lengths, 4, seed, epoch, group_by_length)) for seed, epoch in [(0, 0), (0, 1), (1, 0), (1, 1)]
+    ]
+    assert len(set(orders)) == 4
+
+
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_one_process_and_two_see_the_same_windows(group_by_length):
+    lengths = np.random.default_rng(0).integers(1, 100, 101)
+    one = batches(lengths, 8, 0, 0, group_by_length)
+    first, second = all_ranks(lengths, 4, 2, seed=0, epoch=0, group_by_length=group_by_length)
+    assert [sorted(window) for window in one] == [sorted(a + b) for a, b in zip(first, second, strict=True)]
+
+
+def test_grouping_leaves_little_padding_and_starts_with_the_longest():
+    lengths = np.random.default_rng(0).integers(10, 500, 4000)
+
+    def padding(plan):
+        return 1 - lengths.sum() / sum(len(batch) * lengths[batch].max() for batch in plan)
+
+    grouped = batches(lengths, 8, 0, 0, group_by_length=True)
+    assert padding(grouped) < 0.03
+    assert padding(batches(lengths, 8, 0, 0, group_by_length=False)) > 0.3
+    assert lengths[grouped[0]].max() == lengths.max()
+    widest = [int(lengths[batch].max()) for batch in grouped]
+    assert widest != sorted(widest) and widest != sorted(widest, reverse=True)
+
+
+def test_drop_last():
+    assert [len(batch) for batch in batches([5] * 10, 4, 0, 0, drop_last=True)] == [4, 4]
+    with pytest.raises(InputError, match="2 samples do not fill one batch of 8"):
+        batches([5, 5], 8, 0, 0, drop_last=True)
+    assert batches([], 8, 0, 0, drop_last=True) == []
