@@ -14,9 +14,13 @@ from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from peftcli.errors import InputError, InputErrors, nearest, printable
+from peftcli.files import parse_json, read_bounded
+
+if TYPE_CHECKING:
+    from peftcli.adapters.registry import Method
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 8 << 20
@@ -119,6 +123,10 @@ class PeftConfig:
     def validate(self) -> None:
         """Check fields against each other; called before an adapter is attached. Methods extend it."""
 
+    def variant(self) -> Method | None:
+        """Another adapter class than the registry's, where a field asks for one (DoRA)."""
+        return None
+
 
 @dataclass
 class TunerConfig(PeftConfig):
@@ -179,22 +187,11 @@ def read_config(path: Path) -> PeftConfig:
 
 def read_strict_json(path: Path, *, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """A JSON object from a file that nobody vouches for: UTF-8, no duplicate keys, no NaN, bounded size and depth."""
-    name = path.name
+    raw = read_bounded(path, limit)
     try:
-        with path.open("rb") as file:
-            raw = file.read(limit + 1)
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", place=path) from error
-    if len(raw) > limit:
-        raise InputError(f"is larger than {limit:,} bytes: not a config", place=path)
-    try:
-        values = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise InputError(f"is not UTF-8 (byte {error.start})", place=path) from error
-    except RecursionError as error:
-        raise InputError(f"{name} is nested too deeply", place=path) from error
+        values = parse_json(raw)
     except ValueError as error:
-        raise InputError(f"is not valid JSON: {error}", place=path) from error
+        raise InputError(f"is {error}", place=path) from error
     if not isinstance(values, dict):
         raise InputError(f"holds {type(values).__name__}, not an object", place=path)
     return values
@@ -288,19 +285,6 @@ def _as_set(value: Any) -> Any:
 
 def _says_something(value: Any) -> bool:
     return value not in (None, False, {}, [], "")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"duplicate key {printable(twice)!r}")
-    return result
-
-
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
 
 
 def is_config(value: Any) -> bool:
