@@ -1,0 +1,113 @@
+"""The `adapter:` section: `method` and the fields of that method's PEFT config, checked by the config's own class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+from pydantic import InstanceOf, ValidationError, model_serializer, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from peftcli.adapters.config import PeftConfig, field_problems
+from peftcli.adapters.registry import config_class, method_names
+from peftcli.errors import InputError, InputErrors, nearest, printable
+from peftcli.recipe.section import Section
+
+FULL = "full"
+"""The method that adapts nothing and trains every weight: the baseline."""
+
+ELSEWHERE = {
+    "peft_type": "it follows from adapter.method",
+    "task_type": "set model.task_type",
+    "base_model_name_or_path": "set model.name_or_path",
+    "revision": "set model.revision",
+    "auto_mapping": "leave it out: it belongs to saved files",
+    "inference_mode": "leave it out: it belongs to saved files",
+}
+"""Fields of PEFT's configs that a recipe says in another place."""
+
+
+class AdapterSection(Section):
+    """The method and its fields. Every field of the method's PEFT config may be set, by its name there."""
+
+    method: str
+    """PEFT's name of the method in lower case, or `full` for training without an adapter."""
+    config: InstanceOf[PeftConfig] | None
+    """The method's config with everything the recipe sets; None for `full`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _build(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or isinstance(values.get("config"), PeftConfig):
+            return values
+        method = values.get("method")
+        if not isinstance(method, str):
+            return {"config": None, **{name: value for name, value in values.items() if name == "method"}}
+        method = method.lower()
+        given = {name: value for name, value in values.items() if name != "method"}
+        if method not in (FULL, *method_names()):
+            allowed = [*method_names(), FULL]
+            problem = InputError(
+                f"{printable(repr(method), 80)} is not a method",
+                field="method",
+                allowed=", ".join(allowed),
+                fix=str(nearest(method, allowed)) or None,
+            )
+            raise _refused([problem], values)
+        config = _config(None if method == FULL else config_class(method.upper()), given)
+        return {"method": method, "config": config}
+
+    @model_serializer
+    def _fields(self) -> dict[str, Any]:
+        values = self.config.to_dict() if self.config else {}
+        return {"method": self.method} | {name: values[name] for name in settable(type(self.config)) if self.config}
+
+
+def settable(cls: type[PeftConfig]) -> Iterator[str]:
+    """The fields of a config that a recipe may set."""
+    return (item.name for item in fields(cls) if item.name not in ELSEWHERE)
+
+
+def _config(cls: type[PeftConfig] | None, given: dict[str, Any]) -> PeftConfig | None:
+    """The config of a method, or None for `full`, which has no fields."""
+    known = list(settable(cls)) if cls else []
+    problems = [_unknown(name, known, cls) for name in given if name not in known]
+    if cls is None:
+        if problems:
+            raise _refused(problems, given)
+        return None
+    accepted = {name: value for name, value in given.items() if name in known}
+    problems += field_problems(cls, accepted, place="")
+    if not problems:
+        config = cls(**accepted)
+        try:
+            config.validate()
+            return config
+        except InputErrors as error:
+            problems = error.problems
+        except InputError as error:
+            problems = [error]
+    raise _refused(problems, given)
+
+
+def _unknown(name: str, known: list[str], cls: type[PeftConfig] | None) -> InputError:
+    if name in ELSEWHERE:
+        return InputError("is not set here", field=name, fix=ELSEWHERE[name])
+    owner = f"{cls.__name__} has no such field" if cls else "`full` trains every weight and has no fields"
+    return InputError(owner, field=name, fix=str(nearest(name, known)) or None)
+
+
+def _refused(problems: list[InputError], given: dict[str, Any]) -> ValidationError:
+    """The problems as pydantic's own error, so that they join those of the other sections."""
+    details = [
+        InitErrorDetails(
+            type=PydanticCustomError(
+                "adapter", "{problem}", {"problem": item.problem, "allowed": item.allowed, "fix": item.fix}
+            ),
+            loc=(item.field,) if item.field else (),
+            input=given.get(item.field or ""),
+        )
+        for item in problems
+    ]
+    return ValidationError.from_exception_data("adapter", details)

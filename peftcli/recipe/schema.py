@@ -1,0 +1,167 @@
+"""The recipe: every field, its type, its bounds and what it means. Needs no torch and no hardware.
+
+`load_recipe` (load.py) is how files become recipes; from Python, `Recipe.model_validate({...})` does the same without
+places in its messages.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.section import Positive, Probability, Section, Text
+from peftcli.recipe.training_section import TrainingSection
+
+TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
+DataType = Literal["float32", "bfloat16", "float16"]
+Format = Literal[
+    "auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "classification", "tokens", "qa", "seq2seq"
+]
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    name_or_path: Text
+    """Hub id, folder, .gguf file, or package:NAME for a base model shipped as a Python package."""
+    revision: Text | None = None
+    """Branch, tag or commit of the base on the hub."""
+    dtype: Literal["auto"] | DataType = "auto"
+    """Type of the base's weights; auto: as stored."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernel. A base can't ask for another one."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the base. Only for bases you have read."""
+    task_type: TaskType = "CAUSAL_LM"
+    """What the model is trained to do; decides head, loss and metrics."""
+
+
+class QuantizationSection(Section):
+    """The base in 4 or 8 bits. Names and meanings are those of transformers' BitsAndBytesConfig."""
+
+    load_in_4bit: bool = False
+    """Store the base's linear layers in 4 bits."""
+    load_in_8bit: bool = False
+    """Store the base's linear layers in 8 bits (LLM.int8)."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 4-bit type."""
+    bnb_4bit_use_double_quant: bool = False
+    """Quantise the scales too: 0.4 bits a weight less."""
+    bnb_4bit_compute_dtype: DataType = "bfloat16"
+    """Type the 4-bit weights are expanded to for each multiplication."""
+    llm_int8_threshold: Positive = 6.0
+    """Inputs above this are multiplied in 16 bits (8 bits only)."""
+    llm_int8_skip_modules: list[Text] | None = None
+    """Modules left as they are."""
+
+    @model_validator(mode="after")
+    def _one_width(self) -> QuantizationSection:
+        if self.load_in_4bit == self.load_in_8bit:
+            raise contradiction(
+                "asks for both 4 and 8 bits" if self.load_in_4bit else "asks for neither 4 nor 8 bits",
+                fix="set load_in_4bit or load_in_8bit, or leave quantization out",
+            )
+        return self
+
+
+class DataSource(Section):
+    """One file, folder or hub data set."""
+
+    path: Text
+    """File or folder, relative to the recipe's folder, or the name of a data set on the hub."""
+    name: Text | None = None
+    """Configuration of a hub data set."""
+    split: Text | None = None
+    """Split of a hub data set. null: train for training, validation or test for evaluation."""
+    format: Format | None = None
+    """Format of this source, where it differs from data.format."""
+    columns: dict[Text, Text] | None = None
+    """The data set's column for each name its format expects, e.g. {prompt: question, completion: answer}."""
+    weight: Positive = 1.0
+    """How often each sample is seen in an epoch; a fraction takes that part of them."""
+    max_samples: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
+    """Read at most this many samples."""
+
+
+class EvalSplit(Section):
+    """Evaluation samples taken out of the training data."""
+
+    split: Probability
+    """The part of the training samples that is held out."""
+
+
+def _sources(value: Any) -> Any:
+    """A path, one source or a list of either as a tuple of sources."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return tuple({"path": item} if isinstance(item, str) else item for item in items)
+
+
+SPLIT_TAG, SOURCES_TAG = "(held-out part)", "(sources)"
+
+
+def _is_split(value: Any) -> str:
+    is_split = isinstance(value, EvalSplit) or (isinstance(value, dict) and "path" not in value)
+    return SPLIT_TAG if is_split else SOURCES_TAG
+
+
+Sources = Annotated[tuple[DataSource, ...], Field(min_length=1, max_length=1000), BeforeValidator(_sources)]
+EvalData = Annotated[
+    Annotated[EvalSplit, Tag(SPLIT_TAG)] | Annotated[Sources, Tag(SOURCES_TAG)], Discriminator(_is_split)
+]
+
+
+class DataSection(Section):
+    """What is learnt, and how it becomes tokens."""
+
+    train: Sources
+    """Training data: a path, or a list of sources."""
+    eval: EvalData | None = None
+    """Evaluation data: {split: 0.05} holds out that part of the training data; otherwise as `train`."""
+    format: Format = "auto"
+    """Format of the samples; auto: detected from their columns."""
+    max_length: Annotated[int, Field(ge=1, le=1 << 24)] = 1024
+    """Longest sample in tokens."""
+    overflow: Literal["error", "drop", "truncate", "split"] = "error"
+    """What happens to longer ones: refuse the data set, leave them out, cut them, or cut them into several."""
+    packing: Literal["none", "bfd"] = "none"
+    """Put several samples into one row (best fit decreasing); they never attend to each other."""
+    loss_on: Literal["all", "completion", "assistant", "last_assistant"] = "assistant"
+    """Tokens that are learnt."""
+
+
+class LauncherSection(Section):
+    """How processes are started."""
+
+    type: Literal["auto", "none", "accelerate", "deepspeed", "fsdp"] = "auto"
+    """auto: in this process when num_processes is 1, under accelerate otherwise."""
+    num_processes: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
+    """Processes on this machine; auto: one for each GPU, or one on a machine without."""
+    config: Text | None = None
+    """Launcher file: the name of one in configs/ or a path. null: the one that fits `type`."""
+
+
+class Recipe(Section):
+    """A training run, from the base model to the launcher."""
+
+    model: ModelSection
+    adapter: AdapterSection
+    quantization: QuantizationSection | None = None
+    data: DataSection
+    training: TrainingSection
+    launcher: LauncherSection = LauncherSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.data.eval is None and self.training.early_stopping_patience is not None:
+            raise contradiction(
+                "training.early_stopping_patience needs evaluations", fix="set data.eval, e.g. {split: 0.05}"
+            )
+        return self
+
+
+def contradiction(problem: str, fix: str) -> PydanticCustomError:
+    """An error about fields that do not fit together."""
+    return PydanticCustomError("contradiction", "{problem}", {"problem": problem, "fix": fix})

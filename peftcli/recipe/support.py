@@ -1,0 +1,40 @@
+"""What the schema can say and this version cannot do yet. Each is refused by name before anything starts.
+
+Building one of these means deleting its line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from peftcli.recipe.nodes import Location
+
+if TYPE_CHECKING:
+    from peftcli.recipe.schema import Recipe
+
+TASK_TYPES = ("CAUSAL_LM",)
+FORMATS = ("auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text")
+PACKING = ("none",)
+LAUNCHERS = ("auto", "none", "accelerate")
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd")
+
+
+def unsupported(recipe: Recipe) -> Iterator[tuple[Location, str]]:
+    """Location and reason of everything in `recipe` that cannot be done yet."""
+    for location, value, able in _choices(recipe):
+        if value not in able:
+            yield location, f"`{value}` is not supported yet; today: {', '.join(able)}"
+    if recipe.quantization is not None:
+        yield ("quantization",), "quantised bases are not supported yet; today: leave the section out"
+
+
+def _choices(recipe: Recipe) -> Iterator[tuple[Location, str, tuple[str, ...]]]:
+    yield ("model", "task_type"), recipe.model.task_type, TASK_TYPES
+    yield ("data", "format"), recipe.data.format, FORMATS
+    for section, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        for index, source in enumerate(sources if isinstance(sources, tuple) else ()):
+            yield ("data", section, index, "format"), source.format or "auto", FORMATS
+    yield ("data", "packing"), recipe.data.packing, PACKING
+    yield ("training", "optim"), recipe.training.optim, OPTIMIZERS
+    yield ("launcher", "type"), recipe.launcher.type, LAUNCHERS
