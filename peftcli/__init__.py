@@ -10,26 +10,43 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_MODEL = "peftcli.adapters.model"
 _HOME = {
-    "PeftConfig": "peftcli.adapters.config",
-    "TaskType": "peftcli.adapters.config",
-    "LoraConfig": "peftcli.adapters.methods.lora",
-    "PeftModel": _MODEL,
-    "get_peft_model": _MODEL,
+    "PeftConfig": "config",
+    "TaskType": "config",
+    "PeftModel": "model",
+    "PeftModelForCausalLM": "model",
+    "PeftModelForFeatureExtraction": "model",
+    "PeftModelForQuestionAnswering": "model",
+    "PeftModelForSeq2SeqLM": "model",
+    "PeftModelForSequenceClassification": "model",
+    "PeftModelForTokenClassification": "model",
+    "get_peft_model": "model",
+    "get_peft_model_state_dict": "model",
+    "inject_adapter_in_model": "model",
+    "set_peft_model_state_dict": "model",
 }
-"""Public name -> the file it lives in."""
+"""Public name -> the file in `peftcli/adapters` it lives in. Configs are found through the registry of methods."""
 
 __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name in _HOME:
+        value = getattr(import_module(f"peftcli.adapters.{_HOME[name]}"), name)
+    elif name.endswith("Config"):
+        from peftcli.adapters.registry import METHODS
+
+        files = [method.file for method in METHODS.values() if method.config == name]
+        if not files:
+            raise AttributeError(f"module 'peftcli' has no attribute {name!r}")
+        value = getattr(import_module(f"peftcli.adapters.methods.{files[0]}"), name)
+    else:
         raise AttributeError(f"module 'peftcli' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    from peftcli.adapters.registry import METHODS
+
+    return sorted({*__all__, *(method.config for method in METHODS.values())})

@@ -6,7 +6,7 @@ PEFT's names, and hands them in as `p` (so the same equation serves a live model
 | family             | equation                    | the method writes                                   |
 |--------------------|-----------------------------|-----------------------------------------------------|
 | `LowRankAdapter`   | y = W x + b + B (A x)       | `factors(p)` -> A [r, in], B [out, r]               |
-| `DeltaAdapter`     | y = (W + dW) x + b          | `delta(p)` -> dW [out, in]; `activation(p, x)` to be quick |
+| `DeltaAdapter`     | y = (W + dW) x + b          | `delta(p)` -> dW [out, in]; `activation` to be quick  |
 | `TransformAdapter` | y = after(W before(x) + b)  | `before(p, x)` and/or `after(p, y)`                 |
 
 Weights are always meant as the matrix [out, in] that multiplies a column of inputs, whatever the module stores: a
@@ -16,15 +16,16 @@ convolution is [out, in/groups * kernel], an embedding [dim, tokens], GPT-2's Co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from peftcli.lazy import functional, torch
+from peftcli.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from peftcli.adapters.sites import Site
 
 SiteKind = Literal["linear", "conv", "embedding", "attention", "parameter", "module"]
 """What a method can tell apart. `linear` includes GPT-2's Conv1D and quantised layers; `module` is anything else."""
@@ -73,6 +74,7 @@ class TensorSpec:
         saved: False for state regenerated from a seed.
         dtype: torch dtype name of a tensor that is not of the adapter's floating type, e.g. `int32`.
         shared: kept once a model, saved as `base_model.<name>`; all sites see the same tensor.
+        live: name in the running model where PEFT's differs from the file's.
     """
 
     shape: tuple[int, ...]
@@ -81,6 +83,7 @@ class TensorSpec:
     saved: bool = True
     dtype: str | None = None
     shared: bool = False
+    live: str | None = None
 
 
 class Tensors(dict[str, "Tensor"]):
@@ -121,6 +124,9 @@ class Adapter:
 
     mergeable: ClassVar[bool] = True
 
+    obsolete: ClassVar[frozenset[str]] = frozenset()
+    """Last parts of keys that older files hold and nothing needs."""
+
     def __init__(self, config: Any, shape: SiteShape, weight: BaseWeight | None = None) -> None:
         self.config, self.shape, self._weight = config, shape, weight
         self.scaling: float = self.initial_scaling()
@@ -128,6 +134,10 @@ class Adapter:
     def initial_scaling(self) -> float:
         """The factor on the update (alpha / r for LoRA); kept as an attribute so that users can rescale an adapter."""
         return 1.0
+
+    def merge_problem(self) -> str | None:
+        """Why this adapter can't be merged into its module's weight, or None where it can."""
+        return None if self.mergeable else f"{self.config.peft_type} adapters cannot be merged"
 
     def weight(self) -> Tensor:
         """The base weight as a matrix [out, in]."""
@@ -146,6 +156,11 @@ class Adapter:
             A new base weight [out, in] where the method takes its start out of the base (PiSSA, OLoRA), else None.
         """
         return None
+
+    @classmethod
+    def make_shared(cls, adapters: list[Adapter], config: Any) -> dict[str, Tensor]:
+        """Initial values of the tensors kept once a model, from all sites at once; others are filled by their spec."""
+        return {}
 
     # -- derived --------------------------------------------------------------------------------------------------
 
@@ -172,8 +187,11 @@ class DeltaAdapter(Adapter):
         """dW as a matrix [out, in], scaling included, in the dtype of `p`."""
         raise NotImplementedError
 
-    def activation(self, p: Tensors, x: Tensor) -> Tensor | None:
-        """dW x for x [..., in] without building dW, or None where building it is the best there is."""
+    def activation(self, p: Tensors, x: Tensor, site: Site) -> Tensor | None:
+        """dW x for x [..., in] without building dW, or None where building it is the best there is.
+
+        `x` may be of lower precision than `p`: cast what is small (`p.to(x.dtype)`), never x.
+        """
         return None
 
     def merged_weight(self, p: Tensors, weight: Tensor) -> Tensor:
@@ -184,20 +202,15 @@ class LowRankAdapter(DeltaAdapter):
     """y = W x + b + B (A x). The method writes `factors`; sites apply them without building B A."""
 
     def factors(self, p: Tensors) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r] with the scaling folded into one of them. With groups g, B is [out, r / g]."""
+        """A [r, in] and B [out, r] with the scaling folded into one of them."""
         raise NotImplementedError
 
     def delta(self, p: Tensors) -> Tensor:
         a, b = self.factors(p)
-        groups = self.shape.groups
-        if groups == 1:
-            return b @ a
-        blocks = torch.bmm(b.view(groups, -1, b.shape[1]), a.view(groups, -1, a.shape[1]))
-        return blocks.reshape(b.shape[0], a.shape[1])
+        return b @ a
 
-    def activation(self, p: Tensors, x: Tensor) -> Tensor | None:
-        a, b = self.factors(p)
-        return functional.linear(functional.linear(x, a), b)
+    def activation(self, p: Tensors, x: Tensor, site: Site) -> Tensor | None:
+        return site.low_rank(x, *self.factors(p))
 
 
 class TransformAdapter(Adapter):
@@ -234,6 +247,3 @@ def fill(tensor: Tensor, init: Init, generator: torch.Generator | None = None) -
         torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
     elif init == "normal":
         tensor.normal_(generator=generator)
-
-
-SpecMap = Mapping[str, TensorSpec]

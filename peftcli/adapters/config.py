@@ -70,6 +70,9 @@ class PeftConfig:
     peft_type: ClassVar[str] = ""
     """PEFT's name of the method, e.g. LORA."""
 
+    inert_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys of other versions that say nothing on their own (`qalora_group_size` without `use_qalora`)."""
+
     is_prompt_learning: ClassVar[bool] = False
     prefix: ClassVar[str] = ""
     """What the names of this method's tensors start with."""
@@ -209,7 +212,7 @@ def build_config(cls: type[Config], values: dict[str, Any], *, place: str | Path
             fix=str(nearest(name, known)) or "the file needs a newer version, or the field is not supported",
         )
         for name, value in values.items()
-        if name not in known and name not in IGNORED_KEYS | {"peft_type"} and _says_something(value)
+        if name not in known | IGNORED_KEYS | cls.inert_keys | {"peft_type"} and _says_something(value)
     ]
     problems += field_problems(cls, given, place=place)
     if problems:
@@ -229,7 +232,7 @@ def field_problems(cls: type[PeftConfig], values: dict[str, Any], *, place: str 
     problems = []
     for name, value in values.items():
         try:
-            _field_adapters(cls)[name].validate_python(value, strict=True)
+            _field_adapters(cast(Any, cls))[name].validate_python(value, strict=True)
         except ValidationError as error:
             problems.append(_field_problem(name, value, error, place))
     return problems
@@ -287,12 +290,8 @@ def _says_something(value: Any) -> bool:
     return value not in (None, False, {}, [], "")
 
 
-def is_config(value: Any) -> bool:
-    return isinstance(value, PeftConfig)
-
-
 def as_tuner_config(config: PeftConfig) -> TunerConfig:
     """`config`, known to adapt modules. Prompt learning configs are refused with PEFT's words."""
     if not isinstance(config, TunerConfig):
         raise InputError("`create_and_replace` does not support prompt learning and adaption prompt yet.")
-    return cast(TunerConfig, config)
+    return config

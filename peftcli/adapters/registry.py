@@ -43,9 +43,9 @@ def config_class(peft_type: str, *, place: str | Path | None = None) -> type[Pef
     return getattr(import_module(f"peftcli.adapters.methods.{method.file}"), method.config)
 
 
-def adapter_class(peft_type: str) -> type[Adapter]:
-    """The class that states a method's tensors and equation, e.g. `Lora` for LORA."""
-    method = _entry(peft_type, None)
+def adapter_class(config: PeftConfig) -> type[Adapter]:
+    """The class that states the tensors and equation a config asks for, e.g. `Lora`, or `Dora` with `use_dora`."""
+    method = config.variant() or _entry(config.peft_type, None)
     return getattr(import_module(f"peftcli.adapters.methods.{method.file}"), method.adapter)
 
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from peftcli.adapters.base import LowRankAdapter
+from peftcli.adapters.base import LowRankAdapter, Tensors, TensorSpec, fill
 from peftcli.adapters.config import TunerConfig, later
+from peftcli.adapters.registry import Method
 from peftcli.adapters.targets import pattern_value
+from peftcli.errors import InputError
+from peftcli.lazy import torch
 
 if TYPE_CHECKING:
-    pass
+    from torch import Tensor
+
+    from peftcli.adapters.sites import Site
 
 Rank = Annotated[int, Ge(1), Le(1 << 20)]
 
@@ -29,6 +35,7 @@ class LoraConfig(TunerConfig):
         fan_in_fan_out: True for weights stored [in, out] (GPT-2's Conv1D); corrected from the module, with a warning.
         bias: which biases are trained: `none`, those of adapted modules (`lora_only`), or `all`.
         use_rslora: scale by alpha / sqrt(r).
+        use_dora: split the weight into magnitude and direction (`dora.py`).
         init_lora_weights: True (A Kaiming uniform, B zero), False (both random: for tests), `gaussian`, `orthogonal`.
         rank_pattern, alpha_pattern: r or alpha by module name or regular expression, where they differ.
         lora_bias: give lora_B a bias.
@@ -36,6 +43,7 @@ class LoraConfig(TunerConfig):
 
     peft_type = "LORA"
     prefix = "lora_"
+    inert_keys = frozenset({"qalora_group_size"})
 
     r: Rank = 8
     lora_alpha: Annotated[float, Gt(0)] | Annotated[int, Gt(0)] = 8
@@ -49,9 +57,19 @@ class LoraConfig(TunerConfig):
     megatron_config: None = None
     megatron_core: str | None = "megatron.core"
     loftq_config: dict[str, Any] = field(default_factory=dict)
-    use_dora: Literal[False] = False
+    use_dora: bool = False
     layer_replication: None = None
     lora_bias: bool = later(False, since="0.14")
+
+    def variant(self) -> Method | None:
+        return Method("dora", "LoraConfig", "Dora") if self.use_dora else None
+
+    def validate(self) -> None:
+        super().validate()
+        if self.lora_bias and self.bias != "none":
+            raise InputError(f"`lora_bias=True` is not supported together with bias={self.bias!r}", field="lora_bias")
+        if self.lora_bias and self.use_dora:
+            raise InputError("`lora_bias=True` is not supported for DoRA", field="lora_bias")
 
 
 class Lora(LowRankAdapter):
@@ -59,17 +77,79 @@ class Lora(LowRankAdapter):
 
     config: LoraConfig
 
-    @property
+    @cached_property
     def r(self) -> int:
-        return pattern_value(self.config.rank_pattern, self.shape.name, self.config.r)
+        return pattern_value(self.config.rank_pattern, self.shape.name, self.config.r, field="rank_pattern")
 
-    @property
-    def alpha(self) -> float:
-        return pattern_value(self.config.alpha_pattern, self.shape.name, self.config.lora_alpha)
+    @cached_property
+    def lora_alpha(self) -> float:
+        return pattern_value(self.config.alpha_pattern, self.shape.name, self.config.lora_alpha, field="alpha_pattern")
 
     @property
     def dropout(self) -> float:
         return self.config.lora_dropout
 
     def initial_scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
+        return self.lora_alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        shape, r = self.shape, self.r
+        out_features, in_features = shape.matrix
+        if shape.kind == "embedding":
+            return {
+                "lora_embedding_A": TensorSpec((r, in_features), "zeros"),
+                "lora_embedding_B": TensorSpec((out_features, r), "normal"),
+            }
+        ones = (1,) * len(shape.kernel)
+        a_shape = (r, shape.in_features // shape.groups, *shape.kernel) if shape.kind == "conv" else (r, in_features)
+        specs = {
+            "lora_A.weight": TensorSpec(a_shape, "kaiming"),
+            "lora_B.weight": TensorSpec((out_features, r, *ones), "zeros"),
+        }
+        if self.config.lora_bias:
+            specs["lora_B.bias"] = TensorSpec((out_features,), "zeros")
+        return specs
+
+    def initialize(self, p: Tensors) -> Tensor | None:
+        how = self.config.init_lora_weights
+        embedding = self.shape.kind == "embedding"
+        a, b = (p.lora_embedding_A, p.lora_embedding_B) if embedding else (p.lora_A, p.lora_B)
+        if how is False:  # a random update, so that a test sees the adapter
+            fill(a if embedding else b, "normal" if embedding else "kaiming")
+        elif how == "gaussian" and not embedding:
+            a.normal_(std=1 / self.r)
+        elif how == "orthogonal" and not embedding:
+            initialize_orthogonal(a, b)
+        return None
+
+    def factors(self, p: Tensors) -> tuple[Tensor, Tensor]:
+        if self.shape.kind == "embedding":
+            return p.lora_embedding_A, p.lora_embedding_B * self.scaling
+        return p.lora_A.flatten(1), p.lora_B.flatten(1) * self.scaling
+
+    def activation(self, p: Tensors, x: Tensor, site: Site) -> Tensor | None:
+        update = super().activation(p, x, site)
+        bias = p.get("lora_B.bias")
+        return (
+            update if bias is None or update is None else update + site.broadcast(bias * self.scaling).to(update.dtype)
+        )
+
+    def merge_problem(self) -> str | None:
+        if self.config.lora_bias and not self.shape.has_bias:
+            return "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
+        return super().merge_problem()
+
+    def merged_bias(self, p: Tensors, bias: Tensor) -> Tensor:
+        extra = p.get("lora_B.bias")
+        return bias if extra is None else bias + extra * self.scaling
+
+
+def initialize_orthogonal(a: Tensor, b: Tensor) -> None:
+    """A and B from disjoint halves of one random orthogonal matrix [r, r], so that B A = 0 and neither is zero."""
+    r = a.shape[0]
+    if r % 2:
+        raise InputError(f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead.", field="r")
+    basis, _ = torch.linalg.qr(torch.randn(r, r, device=a.device))
+    in_features, out_features = a.flatten(1).shape[1], b.shape[0]
+    a.copy_((torch.randn(in_features, r // 2, device=a.device) @ basis[0::2] / 10).T.reshape(a.shape))
+    b.copy_((torch.randn(out_features, r // 2, device=a.device) @ basis[1::2] / 10).reshape(b.shape))

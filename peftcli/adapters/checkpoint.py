@@ -1,0 +1,292 @@
+"""The standard checkpoint: `adapter_config.json` + `adapter_model.safetensors`, keyed as PEFT keys them.
+
+A key is `base_model.model.` + the module's path + the tensor's name, without the adapter's name. Keys are found by
+asking each layer what it owns, never by searching for substrings in names.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch  # noqa: TID253
+from torch import Tensor  # noqa: TID253
+
+from peftcli.adapters.config import CONFIG_NAME, read_strict_json
+from peftcli.adapters.engine import Attached, embeddings
+from peftcli.errors import InputError, InputErrors, printable
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+PREFIX = "base_model.model."
+
+
+def owned_tensors(attached: Attached, name: str) -> dict[str, Tensor]:
+    """Every stored tensor of one adapter, live (not copied), by its key in the file."""
+    owned: dict[str, Tensor] = {}
+    for path, layer in attached.layers():
+        if name in layer.adapters:
+            owned.update({f"{PREFIX}{path}.{slot.key}": t for slot, t in layer.own_tensors(name) if slot.spec.saved})
+    for path, copied in attached.copies():
+        if name in copied.copies:
+            state = copied.copies[name].state_dict(keep_vars=True)
+            owned.update({f"{PREFIX}{path}.{copied.saved_prefix}{key}": tensor for key, tensor in state.items()})
+    if name in attached.biases:
+        biases = attached.biases[name]
+        paths = {module: path for path, module in attached.root.named_modules()}
+        for (module, parameter), trained in zip(biases.owners, biases.trained, strict=True):
+            owned[f"{PREFIX}{paths[module]}.{parameter}"] = trained
+    for key, bank in attached.shared.items():
+        if name in bank and shared_is_saved(attached, name, key):
+            owned[f"base_model.{key}"] = bank[name]
+    return owned
+
+
+def shared_is_saved(attached: Attached, name: str, key: str) -> bool:
+    """Whether a tensor kept once a model goes into the file (VeRA's projections can be regenerated instead)."""
+    specs = (
+        layer.adapters[name].tensors()[key]
+        for _, layer in attached.layers()
+        if name in layer.adapters and key in layer.adapters[name].tensors()
+    )
+    return next(specs).saved
+
+
+def embedding_tensors(attached: Attached) -> dict[str, Tensor]:
+    """The base's input and output embeddings by their key in the file, where they are not owned by an adapter."""
+    found = {}
+    for module in embeddings(attached.root):
+        for path, candidate in attached.root.named_modules():
+            inner = getattr(candidate, "base_layer", candidate)
+            if (
+                module is not None
+                and module in (candidate, inner)
+                and isinstance(getattr(inner, "weight", None), Tensor)
+            ):
+                middle = "base_layer." if inner is not candidate else ""
+                found[f"{PREFIX}{path}.{middle}weight"] = inner.weight
+                break
+    return found
+
+
+def adapter_state_dict(
+    attached: Attached, name: str, *, save_embedding_layers: bool | str = "auto"
+) -> dict[str, Tensor]:
+    """The tensors of one adapter as its file holds them, detached.
+
+    Args:
+        attached: the model's adapters.
+        name: which one.
+        save_embedding_layers: also store the base's embeddings: True, False, or `auto`: when their number of rows is
+            not the one the base's config names, i.e. tokens were added. (PEFT's `auto` also stores them whenever an
+            embedding is adapted; that blows files up and nothing reads it.)
+    """
+    state = owned_tensors(attached, name)
+    if save_embedding_layers is True or (save_embedding_layers == "auto" and _vocabulary_grew(attached, name)):
+        state = embedding_tensors(attached) | state
+    return {key: tensor.detach() for key, tensor in sorted(state.items())}
+
+
+def _vocabulary_grew(attached: Attached, name: str) -> bool:
+    """Whether the model has another number of token embeddings than its base was published with."""
+    from huggingface_hub import try_to_load_from_cache
+
+    base = attached.configs[name].base_model_name_or_path
+    size = getattr(getattr(attached.root, "config", None), "vocab_size", None)
+    if not base or size is None:
+        return False
+    local = Path(base) / "config.json"
+    path = local if local.is_file() else None if Path(base).exists() else try_to_load_from_cache(base, "config.json")
+    if not isinstance(path, (str, Path)):
+        return False  # nothing to compare with; adapted or trained embeddings are stored as such anyway
+    return read_strict_json(Path(path)).get("vocab_size", size) != size
+
+
+def load_state(
+    attached: Attached, name: str, tensors: Mapping[str, Tensor], *, place: str | Path = "state dict"
+) -> None:
+    """Copy a file's tensors into an adapter that is attached.
+
+    Raises:
+        InputErrors: listing every missing, unexpected and mis-shaped tensor; nothing has been changed then.
+    """
+    owned = owned_tensors(attached, name)
+    extra = embedding_tensors(attached)
+    given = {key: tensor for key, tensor in tensors.items() if not _obsolete(attached, name, key)}
+    problems = [_missing(key, given, place) for key in owned if key not in given and key not in _regenerated(attached)]
+    for key, tensor in given.items():
+        target = owned.get(key, extra.get(key))
+        if target is None:
+            problems.append(_unexpected(key, place))
+        elif target.shape != tensor.shape:
+            problems.append(
+                InputError(
+                    f"has the shape {list(tensor.shape)}, but the model needs {list(target.shape)}",
+                    place=place,
+                    field=key,
+                )
+            )
+        elif not (tensor.is_floating_point() or not target.is_floating_point()):
+            problems.append(InputError(f"is {tensor.dtype}, not floating point", place=place, field=key))
+    if problems:
+        raise problems[0] if len(problems) == 1 else InputErrors(problems)
+    with torch.no_grad():
+        for key, tensor in given.items():
+            owned.get(key, extra.get(key)).copy_(tensor)  # type: ignore[union-attr]
+
+
+def _regenerated(attached: Attached) -> set[str]:
+    """Keys a file may leave out, since the tensors come from a seed."""
+    return {f"base_model.{key}" for key in attached.shared}
+
+
+def _obsolete(attached: Attached, name: str, key: str) -> bool:
+    """Tensors older versions stored and nothing needs (BOFT's permutation)."""
+    adapters = (layer.adapters[name] for _, layer in attached.layers() if name in layer.adapters)
+    first = next(adapters, None)
+    return first is not None and key.rpartition(".")[2] in first.obsolete
+
+
+def _missing(key: str, given: Iterable[str], place: str | Path) -> InputError:
+    tail = key.removeprefix(PREFIX)
+    near = [other for other in given if other.replace(".default", "").endswith(tail)]
+    fix = f"the file has `{printable(near[0])}`: its keys must start with `{PREFIX}` and not hold the adapter's name"
+    return InputError("is missing from the file", place=place, field=key, fix=fix if near else None)
+
+
+def _unexpected(key: str, place: str | Path) -> InputError:
+    return InputError("is in the file, but belongs to no adapted module of this model", place=place, field=key)
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def resolve_adapter_folder(
+    name_or_path: str | Path, *, subfolder: str | None = None, revision: str | None = None, **hub: Any
+) -> Path:
+    """The local folder of an adapter; a hub id is downloaded (config and weights only).
+
+    Raises:
+        InputError: if there is no adapter there.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        folder = folder / (subfolder or "")
+        if not (folder / CONFIG_NAME).exists():
+            below = sorted(str(path.parent.relative_to(folder)) for path in folder.glob(f"*/{CONFIG_NAME}"))
+            raise InputError(
+                f"Can't find '{CONFIG_NAME}' at '{folder}'",
+                place=folder,
+                fix=f"the sub-folder {below[0]} holds an adapter" if below else None,
+            )
+        return folder
+    return _download(str(name_or_path), subfolder, revision, hub)
+
+
+def _download(name: str, subfolder: str | None, revision: str | None, hub: dict[str, Any]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    inside = f"{subfolder}/" if subfolder else ""
+    known = {key: value for key, value in hub.items() if key in ("token", "cache_dir", "local_files_only")}
+    try:
+        patterns = [inside + file for file in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)]
+        root = snapshot_download(name, revision=revision, allow_patterns=patterns, **known)
+    except Exception as error:  # the hub client has dozens of exception types, all of them mean the same here
+        raise InputError(
+            f"Can't find '{CONFIG_NAME}' at '{printable(name)}'",
+            allowed="an adapter folder or the id of an adapter on the hub",
+            fix=f"{type(error).__name__}: {printable(error, 300)}",
+        ) from error
+    return Path(root) / inside
+
+
+def read_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """An adapter folder's tensors, on CPU. A `.bin` file is opened only on request, and only as plain tensors.
+
+    Raises:
+        InputError: if there are no weights, the file is damaged, or holds something that is not a finite number.
+    """
+    from peftcli.adapters.header import read_header
+
+    path = folder / WEIGHTS_NAME
+    if path.exists() or path.is_symlink():
+        from safetensors.torch import load_file
+
+        read_header(path)  # strict: sizes and offsets are proved before anything is allocated
+        tensors = load_file(path)
+    elif (folder / PICKLE_NAME).exists():
+        path = folder / PICKLE_NAME
+        tensors = _read_pickle(path, allow_pickle)
+    else:
+        raise InputError(f"no weights: neither {WEIGHTS_NAME} nor {PICKLE_NAME}", place=folder)
+    broken = [key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t.float()).all()]
+    if broken:
+        raise InputErrors(InputError("holds NaN or infinity", place=path, field=key) for key in broken)
+    return tensors
+
+
+def _read_pickle(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    from peftcli.adapters.pickle_header import read_pickle_header
+
+    if not allow_pickle:
+        raise InputError(
+            "is a pickle; pickles can run code, so they are read only on request",
+            place=path,
+            fix="pass allow_pickle=True (--allow-pickle), or convert it to safetensors",
+        )
+    read_pickle_header(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def save_adapter(
+    attached: Attached,
+    name: str,
+    folder: str | Path,
+    *,
+    state: dict[str, Tensor] | None = None,
+    save_embedding_layers: bool | str = "auto",
+) -> None:
+    """Write one adapter's config and weights. Each file appears whole or not at all.
+
+    Args:
+        attached: the model's adapters.
+        name: which one.
+        folder: where to; made if missing.
+        state: tensors by file key where they had to be gathered; taken from the model otherwise.
+        save_embedding_layers: see `adapter_state_dict`.
+
+    Raises:
+        InputError: if a tensor is not finite: a broken adapter is never written.
+    """
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if state is None:
+        state = adapter_state_dict(attached, name, save_embedding_layers=save_embedding_layers)
+    broken = [key for key, t in state.items() if t.is_floating_point() and not torch.isfinite(t.float()).all()]
+    if broken:
+        raise InputErrors(InputError("holds NaN or infinity: not saved", place=folder, field=key) for key in broken)
+    plain = {key: tensor.cpu().contiguous().clone() for key, tensor in state.items()}
+    write_atomically(folder / WEIGHTS_NAME, save(plain, metadata={"format": "pt"}))
+    write_atomically(folder / CONFIG_NAME, attached.configs[name].to_json().encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one; permissions follow umask."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes files nobody else may read
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,152 @@
+"""Modules and biases trained in full beside an adapter: `modules_to_save`, LN tuning, `bias="all" | "lora_only"`.
+
+The family of copies: y = copy(x). The base keeps its own tensors, so switching the adapter off gives the base back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch  # noqa: TID253
+from torch import nn  # noqa: TID253
+
+from peftcli.adapters.context import BASE, ForwardContext
+from peftcli.errors import InputError
+
+ROW_WISE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Modules whose output row i depends on input row i alone, so that rows of different adapters may share a batch."""
+
+
+class CopyLayer(nn.Module):
+    """A module with one trained copy an adapter; the active adapter's copy answers.
+
+    The two class attributes are the child names PEFT uses; they differ between modules_to_save and LN tuning.
+    """
+
+    original_name = "original_module"
+    copies_name = "modules_to_save"
+    saved_prefix = ""
+    """What the file's keys have between the module path and the parameter name."""
+
+    def __init__(self, module: nn.Module, context: ForwardContext) -> None:
+        super().__init__()
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
+            raise InputError(f"modules_to_save cannot be applied to modules of type {type(module).__name__}")
+        self.add_module(self.original_name, module)
+        self.add_module(self.copies_name, nn.ModuleDict())
+        self.context = context
+        self.active_adapters: list[str] = []
+        self.disable_adapters = False
+        self.train(module.training)
+
+    @property
+    def original(self) -> nn.Module:
+        module = self._modules[self.original_name]
+        assert module is not None
+        return module
+
+    @property
+    def copies(self) -> nn.ModuleDict:
+        copies = self._modules[self.copies_name]
+        assert isinstance(copies, nn.ModuleDict)
+        return copies
+
+    def add(self, name: str, *, dtype: torch.dtype | None = None) -> None:
+        """Give an adapter its own trainable copy, in `dtype` where the module's floating tensors are to be cast."""
+        twin = copy.deepcopy(self.original)
+        twin.requires_grad_(True)
+        self.copies[name] = twin if dtype is None else twin.to(dtype)
+
+    def remove(self, name: str) -> None:
+        del self.copies[name]
+        if name in self.active_adapters:
+            self.active_adapters.remove(name)
+
+    @property
+    def active(self) -> nn.Module:
+        """The module that answers now."""
+        names = [name for name in self.active_adapters if name in self.copies]
+        return self.original if self.disable_adapters or not names else self.copies[names[0]]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.context.adapter_names is None or self.disable_adapters:
+            return self._cast_call(self.active, *args, **kwargs)
+        return self._forward_mixed(*args, **kwargs)
+
+    def _cast_call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Call the copy in its own precision and come back to the original's."""
+        if module is self.original:
+            return module(*args, **kwargs)
+        have = next((p.dtype for p in self.original.parameters()), None)
+        want = next((p.dtype for p in module.parameters()), None)
+        if have == want or want is None or have is None:
+            return module(*args, **kwargs)
+        args = tuple(a.to(want) if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
+        output = module(*args, **kwargs)
+        return output.to(have) if torch.is_tensor(output) else output
+
+    def _forward_mixed(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self.original, ROW_WISE):
+            raise InputError(f"Mixed batching is not supported for {type(self.original).__name__} in modules_to_save")
+        x = args[0]
+        output = self.original(*args, **kwargs)
+        for name, rows in self.context.rows_by_adapter(x.shape[0]).items():
+            if name != BASE and name in self.copies:
+                index = torch.tensor(rows, device=x.device)
+                answer = self._cast_call(self.copies[name], x.index_select(0, index), *args[1:], **kwargs)
+                output = output.index_copy(0, index, answer)
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the module that answers, e.g. `weight` of an embedding."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("_modules", self.original_name, self.copies_name):
+                raise
+            return getattr(self.active, name)
+
+
+class TrainedBiases:
+    """The biases one adapter trains. Its parameters take the base's places while it is active.
+
+    Args:
+        owners: (module, parameter name) of each bias.
+    """
+
+    def __init__(self, owners: list[tuple[nn.Module, str]]) -> None:
+        self.owners = owners
+        self.originals = [module._parameters[name] for module, name in owners]
+        self.trained = [
+            nn.Parameter(torch.clone(original.detach())) for original in self.originals if original is not None
+        ]
+
+    def switch(self, on: bool) -> None:
+        """Put the trained biases (True) or the base's (False) in place."""
+        for (module, name), original, trained in zip(self.owners, self.originals, self.trained, strict=True):
+            module._parameters[name] = trained if on else original
+
+
+def trained_bias_owners(
+    modules: Iterable[tuple[str, nn.Module]], mode: str, adapted: set[nn.Module]
+) -> list[tuple[nn.Module, str]]:
+    """The parameters that `bias=mode` trains: every bias of the model (`all`) or those of adapted modules (`lora_only`).
+
+    Args:
+        modules: (path, module) of the base model's modules.
+        mode: `all`, or `<method>_only`.
+        adapted: the modules an adapter sits on.
+    """
+    return [
+        (module, name)
+        for path, module in modules
+        for name, parameter in module._parameters.items()
+        if parameter is not None and _is_bias(path, name) and (mode == "all" or module in adapted)
+    ]
+
+
+def _is_bias(path: str, name: str) -> bool:
+    """`bias`, `in_proj_bias`, or a table that is one (T5's `relative_attention_bias.weight`)."""
+    return name.endswith("bias") or path.rpartition(".")[2].endswith("bias")

@@ -1,0 +1,369 @@
+"""`AdapterLayer` stands where an adapted module stood: it owns the adapters' tensors and composes their equations.
+
+Parameters live under PEFT's names (`q_proj.lora_A.default.weight`), the module itself under `base_layer`. Several active
+adapters are composed as functions, the first named outermost, so methods of different families mix freely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch  # noqa: TID253
+import torch.nn.functional as F  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
+
+from peftcli.adapters.base import Adapter, DeltaAdapter, Tensors, TensorSpec, TransformAdapter, fill
+from peftcli.adapters.context import BASE, ForwardContext
+from peftcli.adapters.sites import Site
+from peftcli.errors import InputError
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor of one adapter lives: `layer.<head>.<adapter>[.<leaf>]`."""
+
+    key: str
+    spec: TensorSpec
+    head: str
+    leaf: str
+
+
+class Weights(nn.Module):
+    """Holds the tensors that PEFT keeps in a small module, e.g. `lora_A.default` with its `weight`."""
+
+    weight: Tensor
+
+
+class Buffers(nn.Module):
+    """An adapter-name -> tensor map of state that is not trained."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.get_buffer(name)
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        self.register_buffer(name, tensor)
+
+    def __delitem__(self, name: str) -> None:
+        del self._buffers[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._buffers
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+
+class AdapterLayer(nn.Module):
+    """An adapted module.
+
+    Args:
+        site: the module seen as a matrix.
+        context: facts about the running batch, shared by all layers of a model.
+        weight_is_read: the parent reads `.weight` and never calls the module (nn.MultiheadAttention's out_proj), so
+            `.weight` must be the adapted one.
+    """
+
+    base_layer: nn.Module
+
+    def __init__(self, site: Site, context: ForwardContext, *, weight_is_read: bool = False) -> None:
+        super().__init__()
+        self.base_layer = site.module
+        self.site, self.context, self.weight_is_read = site, context, weight_is_read
+        self.adapters: dict[str, Adapter] = {}
+        self.shared: dict[str, Tensors] = {}
+        self._slots: dict[str, list[Slot]] = {}
+        self.active_adapters: list[str] = []
+        self.merged_adapters: list[str] = []
+        self.disable_adapters = False
+        self._originals: dict[str, nn.Parameter | None] = {}
+        self.train(site.module.training)
+
+    # -- tensors --------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        name: str,
+        adapter: Adapter,
+        *,
+        shared: Tensors | None = None,
+        dtype: torch.dtype,
+        device: torch.device,
+        initialize: bool = True,
+    ) -> None:
+        """Give the layer an adapter and allocate its tensors; on the meta device they stay empty."""
+        self.adapters[name] = adapter
+        self.shared[name] = shared or Tensors()
+        self._slots[name] = []
+        for key, spec in adapter.tensors().items():
+            if spec.shared:
+                continue
+            tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype) if spec.dtype else dtype, device=device)
+            if initialize and device.type != "meta":
+                fill(tensor, spec.init)
+            head, _, leaf = (spec.live or key).partition(".")
+            slot = Slot(key, spec, head, leaf)
+            self._slots[name].append(slot)
+            self._place(name, slot, tensor)
+        if initialize and device.type != "meta":
+            with torch.no_grad():
+                new_weight = adapter.initialize(self.tensors(name))
+                if new_weight is not None:
+                    self.site.stored.copy_(self.site.to_stored(new_weight))
+
+    def _place(self, name: str, slot: Slot, tensor: Tensor) -> None:
+        """Register a tensor under PEFT's live name: `lora_A.<name>.weight` for `lora_A.weight`, else `ia3_l.<name>`."""
+        if slot.head not in self._modules:
+            kind = nn.ModuleDict if slot.leaf else nn.ParameterDict if slot.spec.trainable else Buffers
+            self.add_module(slot.head, kind())
+        container: Any = self._modules[slot.head]
+        leaf = name
+        if slot.leaf:
+            if name not in container:
+                container[name] = Weights()
+            container, leaf = container[name], slot.leaf
+        value = nn.Parameter(tensor) if slot.spec.trainable else tensor
+        if not slot.leaf:
+            container[leaf] = value
+        elif isinstance(value, nn.Parameter):
+            container.register_parameter(leaf, value)
+        else:
+            container.register_buffer(leaf, value)
+
+    def own_tensors(self, name: str) -> Iterator[tuple[Slot, Tensor]]:
+        """One adapter's tensors with their places, without the shared ones."""
+        for slot in self._slots[name]:
+            held: Any = self._modules[slot.head]
+            yield slot, getattr(held[name], slot.leaf) if slot.leaf else held[name]
+
+    def tensors(self, name: str) -> Tensors:
+        """One adapter's tensors as its equation wants them."""
+        return Tensors({slot.key: tensor for slot, tensor in self.own_tensors(name)} | self.shared[name])
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter and its tensors; empty containers go too."""
+        for head in {slot.head for slot in self._slots[name]}:
+            container: Any = self._modules[head]
+            del container[name]
+            if not len(container):
+                del self._modules[head]
+        del self.adapters[name], self.shared[name], self._slots[name]
+        if name in self.active_adapters:
+            self.active_adapters.remove(name)
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def _live(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if name in self.adapters]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.disable_adapters or self.merged_adapters:
+            if self.disable_adapters and self.merged_adapters:
+                self.unmerge()
+            return self.base_layer(*args, **kwargs)
+        if self.context.adapter_names is not None:
+            return self._forward_mixed(*args, **kwargs)
+        return self._forward(self._live(self.active_adapters), *args, **kwargs)
+
+    def _forward(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
+        if not names:
+            return self.base_layer(*args, **kwargs)
+        if self.site.elementwise_io or all(self._adds(name) for name in names):
+            return self._compose(names, *args, **kwargs)
+        weight, bias = self.effective(names)
+        return self.site.run(weight, bias, *args, **kwargs)
+
+    def _adds(self, name: str) -> bool:
+        """Whether the adapter's part is added to the module's output (so the module itself need not be re-run)."""
+        return isinstance(self.adapters[name], DeltaAdapter) and self.site.kind not in ("attention", "parameter")
+
+    def _compose(self, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """f_1(f_2(... module)) on the first positional argument."""
+        if not names:
+            return self.base_layer(*args, **kwargs)
+        name, rest = names[0], names[1:]
+        adapter, p = self.adapters[name], self.tensors(name)
+        if not args:  # called by keyword: nn.Linear's `input`
+            args, kwargs = (kwargs.pop("input"),), kwargs
+        x = args[0]
+        if isinstance(adapter, TransformAdapter):
+            inputs = self._in_precision_of(p, adapter.before, x)
+            y = self._compose(rest, inputs, *args[1:], **kwargs)
+            bias = None if adapter.transforms_bias else self.site.bias
+            if bias is None:
+                return self._in_precision_of(p, adapter.after, y)
+            return self._in_precision_of(p, adapter.after, y - bias) + bias
+        return self._with_update(name, self._compose(rest, *args, **kwargs), x, *args[1:], **kwargs)
+
+    def _with_update(self, name: str, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y + dW x."""
+        adapter, p = self.adapters[name], self.tensors(name)
+        assert isinstance(adapter, DeltaAdapter)
+        if adapter.dropout and self.training and x.is_floating_point():
+            x = F.dropout(x, adapter.dropout)
+        update = adapter.activation(p, x, self.site)
+        if update is None:
+            update = self.site.run(adapter.delta(p).to(self.site.dtype), None, x, *args, **kwargs)
+        return y + update.to(y.dtype)
+
+    @staticmethod
+    def _in_precision_of(p: Tensors, function: Any, x: Tensor) -> Tensor:
+        """Apply a transform in the adapter's precision and come back to the module's: the one place of such casts."""
+        dtype = next(t.dtype for t in p.values() if t.is_floating_point())
+        return function(p, x.to(torch.promote_types(dtype, x.dtype))).to(x.dtype)
+
+    def _forward_mixed(self, *args: Any, **kwargs: Any) -> Any:
+        """Rows of different adapters in one batch: the module runs once, each group of rows gets its own adapter."""
+        if self.site.kind == "attention":
+            raise InputError(
+                "`adapter_names` can't be used with an adapted nn.MultiheadAttention", place=self.site.name
+            )
+        x = args[0]
+        output = self.base_layer(*args, **kwargs)
+        for name, rows in self.context.rows_by_adapter(x.shape[0]).items():
+            if name == BASE or name not in self.adapters:
+                continue
+            index = torch.tensor(rows, device=x.device)
+            inputs = x.index_select(0, index)
+            if self._adds(name):
+                adapted = self._with_update(name, output.index_select(0, index), inputs, *args[1:], **kwargs)
+            else:
+                adapted = self._forward([name], inputs, *args[1:], **kwargs)
+            output = output.index_copy(0, index, adapted)
+        return output
+
+    # -- weights --------------------------------------------------------------------------------------------------
+
+    def effective(self, names: list[str] | None = None) -> tuple[Tensor, Tensor | None]:
+        """The weight [out, in] and bias [out] that do what module + adapters do, in the module's dtype."""
+        if names is None:
+            idle = self.disable_adapters or self.merged_adapters
+            names = [] if idle else self._live(self.active_adapters)
+        weight, bias = self.site.weight(), self.site.bias
+        for name in reversed(names):  # the last named is innermost
+            adapter, p = self.adapters[name], self.tensors(name)
+            dtype = torch.promote_types(next(t.dtype for t in p.values() if t.is_floating_point()), weight.dtype)
+            weight = adapter.merged_weight(p, weight.to(dtype))
+            bias = None if bias is None else adapter.merged_bias(p, bias.to(dtype))
+        return weight.to(self.site.dtype), None if bias is None else bias.to(self.site.dtype)
+
+    def get_delta_weight(self, name: str) -> Tensor:
+        """What merging the adapter would add to the stored weight, in the layout the module stores."""
+        with torch.no_grad():
+            return self.site.to_stored(self.effective([name])[0] - self.site.weight())
+
+    @torch.no_grad()
+    def merge(self, names: list[str] | None = None, *, safe_merge: bool = False) -> None:
+        """Put the adapted weight in the module's place. The original parameter is kept, so `unmerge` is exact."""
+        wanted = [name for name in self._live(names or self.active_adapters) if name not in self.merged_adapters]
+        if not wanted:
+            return
+        for name in wanted:
+            problem = self.adapters[name].merge_problem()
+            if problem:
+                raise InputError(problem, place=self.site.name)
+        weight, bias = self.effective(wanted)
+        if safe_merge and not torch.isfinite(weight).all():
+            raise InputError(
+                f"NaNs detected in the merged weights. The adapter {wanted[0]} seems to be broken", place=self.site.name
+            )
+        self._swap(self.site.parameter, self.site.to_stored(weight).contiguous())
+        if bias is not None and bias is not self.site.bias:
+            self._swap(self.site.bias_parameter, bias)
+        self.merged_adapters += wanted
+
+    def _swap(self, parameter: str, value: Tensor) -> None:
+        if value is self.base_layer._parameters.get(parameter):
+            return
+        self._originals.setdefault(parameter, self.base_layer._parameters[parameter])
+        self.base_layer._parameters[parameter] = nn.Parameter(value, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Put the original parameters back: bit-exact, whatever was merged."""
+        self.base_layer._parameters.update(self._originals)
+        self._originals.clear()
+        self.merged_adapters.clear()
+
+    def forget_originals(self) -> None:
+        """Make the merge final and free the original parameters."""
+        self._originals.clear()
+
+    # -- what code written against PEFT reads ---------------------------------------------------------------------
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self.active_adapters
+
+    @property
+    def weight(self) -> Tensor:
+        return self.effective()[0] if self.weight_is_read else self.site.stored
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.effective()[1] if self.weight_is_read else self.site.bias
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    def set_scale(self, name: str, scale: float) -> None:
+        """Set an adapter's scaling to `scale` times its initial one."""
+        if name in self.adapters:
+            self.adapters[name].scaling = scale * self.adapters[name].initial_scaling()
+
+    @contextmanager
+    def scaled(self, factor: float) -> Iterator[None]:
+        """All adapters' scalings multiplied by `factor` for a while."""
+        before = {name: adapter.scaling for name, adapter in self.adapters.items()}
+        for adapter in self.adapters.values():
+            adapter.scaling *= factor
+        try:
+            yield
+        finally:
+            for name, scaling in before.items():
+                self.adapters[name].scaling = scaling
+
+    def __getattr__(self, name: str) -> Any:
+        """Registered tensors first, then the module's attributes, then a per-adapter view (`scaling["default"]`)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = super().__getattr__("base_layer")
+            if hasattr(module, name):
+                return getattr(module, name)
+            view = self._view(name)
+            if view is None:
+                raise
+            return view
+
+    def _view(self, name: str) -> dict[str, Any] | None:
+        """An attribute of every adapter, or of its config, by adapter name."""
+        adapters = self.__dict__.get("adapters", {})
+        for owner in (lambda adapter: adapter, lambda adapter: adapter.config):
+            if any(hasattr(owner(adapter), name) for adapter in adapters.values()):
+                return {key: getattr(owner(adapter), name, None) for key, adapter in adapters.items()}
+        return None
+
+
+class AttentionLayer(AdapterLayer):
+    """An adapted nn.MultiheadAttention."""
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        """nn.TransformerEncoderLayer's fast path reads this instead of calling the attention."""
+        return self.effective()[0]
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:
+        return self.effective()[1]
+
+
+def layer_for(site: Site, context: ForwardContext, *, weight_is_read: bool = False) -> AdapterLayer:
+    """The layer that adapts a site."""
+    kind = AttentionLayer if site.kind == "attention" else AdapterLayer
+    return kind(site, context, weight_is_read=weight_is_read)

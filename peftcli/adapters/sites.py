@@ -1,0 +1,194 @@
+"""Sites: one adapted module each, seen as a matrix [out, in] whatever the module stores.
+
+Layer kind and quantisation live only here. A method never asks what it sits on: it gets the weight as a matrix, and its
+result is applied by the site.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch  # noqa: TID253
+import torch.nn.functional as F  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
+from torch.func import functional_call  # noqa: TID253
+
+from peftcli.adapters.base import SiteKind, SiteShape
+
+
+class Site:
+    """An adapted module whose weight is a matrix.
+
+    Args:
+        module: the module as it stands in the base model.
+        name: its path there.
+    """
+
+    kind: ClassVar[SiteKind] = "linear"
+    parameter: ClassVar[str] = "weight"
+    bias_parameter: ClassVar[str] = "bias"
+    elementwise_io: ClassVar[bool] = True
+    """Whether inputs are [..., in] and outputs [..., out], so that adapters may act on them directly."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+
+    @property
+    def stored(self) -> Tensor:
+        """The parameter as the module stores it."""
+        return self.module.get_parameter(self.parameter)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.module, self.bias_parameter, None)
+
+    @property
+    def shape(self) -> SiteShape:
+        out_features, in_features = self.stored.shape
+        return SiteShape(self.name, self.kind, in_features, out_features, has_bias=self.bias is not None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
+
+    def weight(self) -> Tensor:
+        """The weight as a matrix [out, in]."""
+        return self.stored
+
+    def to_stored(self, matrix: Tensor) -> Tensor:
+        """A matrix [out, in] as the module stores it."""
+        return matrix
+
+    def project(self, x: Tensor) -> Tensor:
+        """W x, without the bias."""
+        return self.run(self.weight(), None, x)
+
+    def run(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes with another weight [out, in] and bias [out]; None is no bias."""
+        tensors: dict[str, Tensor | None] = {self.parameter: self.to_stored(weight)}
+        if self.bias is not None:
+            tensors[self.bias_parameter] = torch.zeros_like(self.bias) if bias is None else bias
+        return functional_call(self.module, cast(dict[str, Tensor], tensors), args, kwargs)
+
+    def broadcast(self, vector: Tensor) -> Tensor:
+        """A vector [out] shaped to act on the module's output."""
+        return vector
+
+    def low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """B (A x) for A [r, in] and B [out, r]. The small factors are cast to x's dtype, never x to theirs."""
+        return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+
+
+class LinearSite(Site):
+    """nn.Linear: the weight is the matrix."""
+
+    def run(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        return F.linear(args[0] if args else kwargs["input"], weight, bias)
+
+
+class TransposedSite(LinearSite):
+    """GPT-2's Conv1D: a linear layer that stores [in, out]."""
+
+    @property
+    def shape(self) -> SiteShape:
+        in_features, out_features = self.stored.shape
+        return SiteShape(self.name, self.kind, in_features, out_features, has_bias=self.bias is not None)
+
+    def weight(self) -> Tensor:
+        return self.stored.T
+
+    def to_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+
+class ConvSite(Site):
+    """nn.Conv1d, 2d, 3d: the matrix is [out, in/groups * kernel], as `unfold` orders it."""
+
+    kind = "conv"
+    elementwise_io = False
+    module: nn.Conv2d  # stands for all three: they share every attribute used here
+
+    @property
+    def shape(self) -> SiteShape:
+        conv = self.module
+        return SiteShape(
+            self.name,
+            self.kind,
+            conv.in_channels,
+            conv.out_channels,
+            kernel=tuple(conv.kernel_size),
+            groups=conv.groups,
+            has_bias=conv.bias is not None,
+        )
+
+    def weight(self) -> Tensor:
+        return self.stored.flatten(1)
+
+    def to_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(matrix.shape[0], *self.stored.shape[1:])
+
+    def broadcast(self, vector: Tensor) -> Tensor:
+        return vector.reshape(-1, *[1] * (self.stored.dim() - 2))
+
+    def low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        # A is a convolution to r channels with the module's own stride, padding and dilation; B is one of kernel 1.
+        # The rows of a grouped weight belong to their group, so every group gets the same A.
+        kernel = a.to(x.dtype).reshape(a.shape[0], *self.stored.shape[1:])
+        groups = self.module.groups
+        hidden = self.module._conv_forward(x, kernel.repeat(groups, *[1] * (kernel.dim() - 1)), None)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.stored.dim() - 3]
+        pointwise = b.to(x.dtype).reshape(*b.shape, *[1] * (kernel.dim() - 2))
+        return convolve(hidden, pointwise, groups=groups)
+
+
+class EmbeddingSite(Site):
+    """nn.Embedding: tokens are the inputs, so the matrix is [dim, tokens]."""
+
+    kind = "embedding"
+    elementwise_io = False
+
+    @property
+    def shape(self) -> SiteShape:
+        tokens, dim = self.stored.shape
+        return SiteShape(self.name, self.kind, tokens, dim)
+
+    def weight(self) -> Tensor:
+        return self.stored.T
+
+    def to_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+    def low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        # Through the module, so that a scaled embedding (Gemma) scales the adapter's part as well.
+        rows = functional_call(self.module, {self.parameter: a.T.to(b.dtype)}, (x,))
+        return F.linear(rows, b.to(rows.dtype))
+
+
+class AttentionSite(Site):
+    """nn.MultiheadAttention's packed input projection [3 * embed, embed]; its `out_proj` is a site of its own."""
+
+    kind = "attention"
+    elementwise_io = False
+    parameter = "in_proj_weight"
+    bias_parameter = "in_proj_bias"
+
+
+def site_for(module: nn.Module, name: str) -> Site | None:
+    """The site a module is, or None for a module whose weight is not one we know how to see as a matrix."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.MultiheadAttention):
+        return AttentionSite(module, name) if module.in_proj_weight is not None else None
+    if isinstance(module, nn.Linear):
+        return LinearSite(module, name)
+    if isinstance(module, Conv1D):
+        return TransposedSite(module, name)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return ConvSite(module, name)
+    if isinstance(module, nn.Embedding):
+        return EmbeddingSite(module, name)
+    return None

@@ -1,0 +1,175 @@
+"""Which modules a config means: names, expressions, layer numbers, `all-linear`, and the usual ones of a model type.
+
+Works on names alone (no torch), so a plan, a file check and a live model ask the same code. Expressions come from files
+that nobody vouches for: they run through the `regex` package with a time limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib.resources import files
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from peftcli.errors import InputError, printable
+
+if TYPE_CHECKING:
+    from peftcli.adapters.config import TunerConfig
+
+Value = TypeVar("Value")
+
+EXPRESSION_SECONDS = 2.0  # for one expression on one name; honest ones take microseconds
+MAX_LISTED = 40
+DUMMY_TARGET_MODULES = "dummy-target-modules"
+"""PEFT's word for an adapter that adapts nothing (it then only carries modules_to_save)."""
+
+
+def fullmatch(pattern: str, name: str, *, field: str) -> bool:
+    """Whether the regular expression matches the whole name.
+
+    Raises:
+        InputError: if the expression is broken, or too slow to be an honest one.
+    """
+    import regex
+
+    try:
+        return regex.fullmatch(pattern, name, timeout=EXPRESSION_SECONDS) is not None
+    except regex.error as error:
+        raise InputError(
+            f"{printable(pattern)!r} is not a regular expression: {error}",
+            field=field,
+            fix="a list of module names needs no expression",
+        ) from error
+    except TimeoutError as error:
+        raise InputError(
+            f"the expression {printable(pattern)!r} takes exponential time on {printable(name)!r}", field=field
+        ) from error
+
+
+def matches(names: Iterable[str] | str, module: str, *, field: str) -> bool:
+    """Whether `module` is meant: a list holds it or its ending after a dot; a string is an expression for all of it."""
+    if isinstance(names, str):
+        return fullmatch(names, module, field=field)
+    parts = module.split(".")
+    known = names if isinstance(names, (set, frozenset, dict)) else set(names)
+    return any(".".join(parts[start:]) in known for start in range(len(parts)))
+
+
+def pattern_value(pattern: Mapping[str, Value], module: str, default: Value, *, field: str = "rank_pattern") -> Value:
+    """The value of the first key that names the module: by its ending, or as an expression for such an ending."""
+    for key, value in pattern.items():
+        if module == key or module.endswith(f".{key}") or fullmatch(rf"(.*\.)?({key})", module, field=field):
+            return value
+    return default
+
+
+def select(config: TunerConfig, modules: Iterable[str], *, linear: Iterable[str] = ()) -> list[str]:
+    """The modules a config adapts, in the model's order.
+
+    Args:
+        config: the adapter's config; `target_modules` must be set (see `default_targets`).
+        modules: the names of all modules.
+        linear: the names `all-linear` stands for.
+
+    Raises:
+        InputError: if nothing matches.
+    """
+    targets = config.target_modules
+    if targets is None:
+        raise InputError("Please specify `target_modules` in `peft_config`", field="target_modules")
+    if DUMMY_TARGET_MODULES in _as_list(targets):
+        return []
+    modules = list(modules)
+    if config.is_all_linear:
+        chosen = list(linear)
+    else:
+        chosen = [name for name in modules if name and matches(targets, name, field="target_modules")]
+    if not chosen:
+        leaves = sorted({name.rpartition(".")[2] for name in modules} - {""})
+        raise InputError(
+            f"Target modules {printable(config.to_dict()['target_modules'], 400)} not found in the base model. "
+            "Please check the target modules and try again.",
+            field="target_modules",
+            allowed=", ".join([name for name in leaves if not name.isdecimal()][:MAX_LISTED]),
+        )
+    return _without_excluded(config, _within_layers(config, chosen))
+
+
+def unmatched_targets(config: TunerConfig, chosen: Iterable[str]) -> list[str]:
+    """Entries of a `target_modules` list that hit nothing: a misspelling hidden by its neighbours (peft#1959)."""
+    if not isinstance(config.target_modules, (set, list)):
+        return []
+    endings = {".".join(parts[start:]) for parts in (name.split(".") for name in chosen) for start in range(len(parts))}
+    return sorted(set(config.target_modules) - endings - {DUMMY_TARGET_MODULES})
+
+
+def _within_layers(config: TunerConfig, chosen: list[str]) -> list[str]:
+    kept = [name for name in chosen if _in_layers(config, name)]
+    if not kept:
+        layers = sorted({index for name in chosen if (index := layer_index(name, config.layers_pattern)) is not None})
+        raise InputError(
+            f"no target module lies in the layers {config.layers_to_transform}",
+            field="layers_to_transform",
+            allowed=f"{layers[0]} to {layers[-1]}" if layers else "none: the targets are not in numbered layers",
+        )
+    return kept
+
+
+def _without_excluded(config: TunerConfig, chosen: list[str]) -> list[str]:
+    excluded = config.exclude_modules
+    if not excluded:
+        return chosen
+    kept = [name for name in chosen if not matches(excluded, name, field="exclude_modules")]
+    if not kept:
+        raise InputError(
+            "All modules were excluded. This is likely unintended. Check your `target_modules`, "
+            "`exclude_modules` and `modules_to_save` configuration.",
+            field="exclude_modules",
+        )
+    return kept
+
+
+def _in_layers(config: TunerConfig, module: str) -> bool:
+    wanted = config.layers_to_transform
+    if wanted is None:
+        return True
+    index = layer_index(module, config.layers_pattern)
+    return index is not None and index in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def layer_index(module: str, pattern: list[str] | str | None = None) -> int | None:
+    """The number of the layer a module lies in: the first number in its path, or the one after a list's name."""
+    parts = module.split(".")
+    lists = [pattern] if isinstance(pattern, str) else pattern
+    for before, part in pairwise(parts):
+        if part.isdecimal() and (not lists or before in lists):
+            return int(part)
+    return None
+
+
+def default_targets(method: str, model_type: str | None, *, table: str = "targets") -> list[str] | str | None:
+    """The usual `target_modules` of a model type, or None where there is no custom.
+
+    Args:
+        method: PEFT's type; a method without an entry of its own uses LoRA's.
+        model_type: `config.model_type` of the base.
+        table: `targets`, or `feedforward` for IA3's second list.
+    """
+    defaults = _defaults()
+    by_method = defaults.get(method, {}).get(table, {})
+    common = defaults["LORA"][table] if table == "targets" and not defaults.get(method, {}).get("alone") else {}
+    key = str(model_type)
+    return by_method.get(key, common.get(key))
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    import yaml
+
+    text = files("peftcli.adapters").joinpath("target_defaults.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
+
+
+def _as_list(names: Iterable[str] | str) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
