@@ -11,6 +11,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from peftcli.adapters.config import PeftConfig, field_problems
 from peftcli.adapters.registry import config_class, method_names
+from peftcli.adapters.targets import fullmatch
 from peftcli.errors import InputError, InputErrors, nearest, printable
 from peftcli.recipe.section import Section
 
@@ -60,8 +61,10 @@ class AdapterSection(Section):
 
     @model_serializer
     def _fields(self) -> dict[str, Any]:
-        values = self.config.to_dict() if self.config else {}
-        return {"method": self.method} | {name: values[name] for name in settable(type(self.config)) if self.config}
+        if self.config is None:
+            return {"method": self.method}
+        values = self.config.to_dict()
+        return {"method": self.method} | {name: values[name] for name in settable(type(self.config))}
 
 
 def settable(cls: type[PeftConfig]) -> Iterator[str]:
@@ -83,12 +86,25 @@ def _config(cls: type[PeftConfig] | None, given: dict[str, Any]) -> PeftConfig |
         config = cls(**accepted)
         try:
             config.validate()
+            _check_targets(config)
             return config
         except InputErrors as error:
             problems = error.problems
         except InputError as error:
             problems = [error]
     raise _refused(problems, given)
+
+
+def _check_targets(config: PeftConfig) -> None:
+    """Refuse what could match nothing in any model: an empty list, a broken expression."""
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name, None)
+        if value is not None and not value:
+            raise InputError(
+                "is empty: it would match nothing", field=name, fix="null means the model type's usual ones"
+            )
+        if isinstance(value, str) and value != "all-linear":
+            fullmatch(value, "", field=name)
 
 
 def _unknown(name: str, known: list[str], cls: type[PeftConfig] | None) -> InputError:

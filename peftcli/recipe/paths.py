@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftcli.errors import printable
-from peftcli.recipe.nodes import Location, Node, walk
+from peftcli.errors import InputError, printable
+from peftcli.recipe.nodes import Location, Node, dotted, walk
 
 if TYPE_CHECKING:
     from peftcli.recipe.schema import Recipe
@@ -26,11 +26,16 @@ NOT_DATA = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py", ".ipynb", ".y
 
 
 def make_absolute(root: Node) -> None:
-    """Replace every path in the tree by an absolute one. Names on the hub and of packages stay as they are."""
+    """Replace every path in the tree by an absolute one. Names on the hub and of packages stay as they are.
+
+    Raises:
+        InputError: if output_dir, read as an input path would be, is a file: it would not be what was meant.
+    """
     for location, node in walk(root):
         if not isinstance(node.value, str) or not node.value:
             continue
         if location == OUTPUT:
+            _refuse_input(node)
             node.value = os.path.abspath(node.value)
         elif (location == RESUME and node.value != "auto") or _is_input_path(location, node):
             node.value = os.path.abspath(node.origin.folder / node.value)
@@ -49,6 +54,13 @@ def problems(recipe: Recipe) -> Iterator[tuple[Location, str, str | None]]:
     config = recipe.launcher.config
     if config is not None and os.path.isabs(config) and not os.path.isfile(config):
         yield LAUNCHER_FILE, f"{_shown(config)} is not a file", None
+
+
+def _refuse_input(node: Node) -> None:
+    seen_from_recipe = node.origin.folder / str(node.value)
+    if seen_from_recipe.is_file():
+        problem = f"{_shown(seen_from_recipe)} is a file: a run needs a folder"
+        raise InputError(problem, place=node.place, field=dotted(OUTPUT), fix="output_dir starts in the current folder")
 
 
 def _is_input_path(location: Location, node: Node) -> bool:

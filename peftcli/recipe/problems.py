@@ -39,7 +39,7 @@ def located(errors: Sequence[Any], root: Node) -> list[InputError]:
     """One problem for each field that pydantic complains about, in the order of the schema."""
     by_field: dict[Location, list[Any]] = {}
     for error in errors:
-        by_field.setdefault(_location(error["loc"], root, error["type"]), []).append(error)
+        by_field.setdefault(_written(error["loc"], root, missing=error["type"] == "missing"), []).append(error)
     found = [_problem(location, group, root) for location, group in list(by_field.items())[:MAX_PROBLEMS]]
     if len(by_field) > MAX_PROBLEMS:
         found.append(InputError(f"and {len(by_field) - MAX_PROBLEMS} more problems", place=root.origin.name))
@@ -48,24 +48,28 @@ def located(errors: Sequence[Any], root: Node) -> list[InputError]:
 
 def problem(location: Location, text: str, root: Node, *, fix: str | None = None) -> InputError:
     """A problem with the value at `location`."""
+    location = _written(location, root)
     return InputError(text, place=root.nearest(location).place, field=dotted(location), fix=fix)
 
 
-def _location(loc: Location, root: Node, kind: str) -> Location:
-    """Pydantic's `loc` without what is not in the recipe: tags of unions, indices of a list the user did not write."""
-    location: list[str | int] = []
-    node: Node | None = root
-    for step in loc:
-        if step in (SPLIT_TAG, SOURCES_TAG):
-            continue
-        below = node.child(step) if node else None
-        if below is None and (kind != "missing" or step != loc[-1]):
-            if node is not None and isinstance(node.value, dict) and isinstance(step, int):
-                continue  # a single source stands where a list may stand
-            break
-        location.append(step)
+def _written(loc: Location, root: Node, *, missing: bool = False) -> Location:
+    """`loc` as far as the recipe spells it out: without unions' tags and the list around a single source.
+
+    Args:
+        missing: the last step is the name of a field that is not there.
+    """
+    loc = tuple(step for step in loc if step not in (SPLIT_TAG, SOURCES_TAG))
+    node = root
+    written: list[str | int] = []
+    for position, step in enumerate(loc):
+        below = node.child(step)
+        if below is None:
+            if isinstance(node.value, dict) and isinstance(step, int):
+                continue  # one source may stand where a list of them may
+            return (*written, step) if missing and position == len(loc) - 1 else tuple(written)
         node = below
-    return tuple(location)
+        written.append(step)
+    return tuple(written)
 
 
 def _problem(location: Location, group: list[Any], root: Node) -> InputError:
@@ -84,14 +88,14 @@ def _problem(location: Location, group: list[Any], root: Node) -> InputError:
     shown = printable(redact(repr(node.plain())), 80)
     problem = "is empty" if node.value is None else f"{shown} is not accepted"
     return InputError(
-        problem, place=node.place, field=name or None, allowed=" or ".join(allowed), fix=_fix(group, node)
+        problem, place=node.place, field=name or None, allowed=", or ".join(allowed), fix=_fix(group, node)
     )
 
 
 def _allowed(error: Any) -> str:
     template = _ALLOWED.get(error["type"])
     if template is None:
-        return error["msg"].removeprefix("Input should be ").replace("'", "")
+        return str(error["msg"]).removeprefix("Input should be ").replace("'", "")
     return template.format(**{key: _number(value) for key, value in error.get("ctx", {}).items()})
 
 

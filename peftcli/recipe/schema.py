@@ -95,6 +95,8 @@ class EvalSplit(Section):
 
 def _sources(value: Any) -> Any:
     """A path, one source or a list of either as a tuple of sources."""
+    if not isinstance(value, (str, dict, list, tuple)):
+        return value
     items = value if isinstance(value, (list, tuple)) else [value]
     return tuple({"path": item} if isinstance(item, str) else item for item in items)
 

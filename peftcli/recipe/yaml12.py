@@ -6,15 +6,14 @@ a key may not come twice, and aliases, tags and directives are refused, so a fil
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from peftcli.errors import InputError, InputErrors, printable
+from peftcli.files import read_bounded
 from peftcli.recipe.nodes import Location, Node, Origin, Scalar, dotted
 
 MAX_BYTES = 1 << 20  # without comment lines
@@ -103,7 +102,7 @@ class _Composer:
 
     def document(self) -> Node | None:
         next(self.events)  # the stream starts
-        start = next(self.events)
+        start: Any = next(self.events)
         if isinstance(start, yaml.StreamEndEvent):
             return None
         if start.version or start.tags:
@@ -188,19 +187,9 @@ class _Composer:
 
 
 def _text(path: Path) -> str:
-    """The file's text, read within bounds and without ever waiting for a pipe or a device."""
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise _unreadable(path, error) from None
-    if not stat.S_ISREG(mode):
-        raise InputError("is a folder, not a recipe" if stat.S_ISDIR(mode) else "is not a regular file", place=path)
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES_READ + 1)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    if len(raw) > MAX_BYTES_READ or len(_COMMENT_LINE.sub(b"", raw)) > MAX_BYTES:
+    """The file's text, whose size is counted without comment lines."""
+    raw = read_bounded(path, MAX_BYTES_READ)
+    if len(_COMMENT_LINE.sub(b"", raw)) > MAX_BYTES:
         raise InputError(f"is larger than {MAX_BYTES >> 20} MB: not a recipe", place=path)
     try:
         return raw.decode("utf-8-sig")
@@ -208,10 +197,6 @@ def _text(path: Path) -> str:
         line = raw.count(b"\n", 0, error.start) + 1
         problem = f"is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}"
         raise InputError(problem, place=f"{path}:{line}", fix="save the file as UTF-8") from None
-
-
-def _unreadable(path: Path, error: Exception) -> InputError:
-    return InputError(f"cannot be read: {getattr(error, 'strerror', None) or error}", place=path)
 
 
 def _line_and_column(text: str, offset: int) -> tuple[int, int]:
