@@ -162,9 +162,9 @@ class Attached:
         for name, biases in self.biases.items():
             biases.switch(merge and name in (names or self.active))
         for path, copied in list(self.copies()):
-            _replace(self.root, path, copied.active if merge else copied.original)
+            _put(self.root, path, copied.active if merge else copied.original)
         for path, layer in reversed(list(self.layers())):  # inner layers first: paths of outer ones stay true
-            _replace(self.root, path, layer.base_layer)
+            _put(self.root, path, layer.base_layer)
         if merge:
             _declare_untied(self.root)
         self.root.__dict__.pop(STATE, None)
@@ -184,12 +184,12 @@ class Attached:
             if name in layer.adapters:
                 layer.remove(name)
                 if not layer.adapters:
-                    _replace(self.root, path, layer.base_layer)
+                    _put(self.root, path, layer.base_layer)
         for path, copied in list(self.copies()):
             if name in copied.copies:
                 copied.remove(name)
                 if not len(copied.copies):
-                    _replace(self.root, path, copied.original)
+                    _put(self.root, path, copied.original)
         for bank in self.shared.values():
             if name in bank:
                 del bank[name]
@@ -460,12 +460,18 @@ def _find(root: nn.Module, path: str) -> nn.Module:
 
 
 def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at a path; a base path also reaches through wrapped parents."""
+    """Put `module` at a base path, reaching through whatever wraps its parents."""
     parent, _, leaf = path.rpartition(".")
     owner = _find(root, parent) if parent else root
-    while isinstance(owner, AdapterLayer) and leaf not in owner._modules:
-        owner = owner.base_layer
-    setattr(owner, leaf, module) if not leaf.isdecimal() else owner.add_module(leaf, module)
+    while isinstance(owner, (AdapterLayer, CopyLayer)):
+        owner = owner.base_layer if isinstance(owner, AdapterLayer) else owner.original
+    owner.add_module(leaf, module)
+
+
+def _put(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at a path as `named_modules` tells it now."""
+    parent, _, leaf = path.rpartition(".")
+    root.get_submodule(parent).add_module(leaf, module)
 
 
 def _declare_untied(model: nn.Module) -> None:

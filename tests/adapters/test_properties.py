@@ -1,0 +1,258 @@
+"""The table that tests every method: one row a method, every property on every kind of module it means something for."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from sites import SITES, Net, SiteCase
+
+import peftcli
+from peftcli import PeftModel, get_peft_model
+from peftcli.adapters.base import DeltaAdapter
+from peftcli.adapters.registry import METHODS, adapter_class, config_class
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with settings that fit the tiny modules.
+
+    Attributes:
+        method: its name in the registry.
+        options: config fields.
+        identity: a fresh adapter changes nothing.
+        sites: names of sites to leave out, where this setting does not fit their shape.
+        tolerance: of merged against adapted outputs.
+        no_gradient: tensors that get none at the random point the tests use, and why that is right.
+    """
+
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    identity: bool = True
+    without: tuple[str, ...] = ()
+    tolerance: float = 1e-5
+    no_gradient: tuple[str, ...] = ()
+
+    def config(self) -> peftcli.PeftConfig:
+        return config_class(self.method)(target_modules=["site"], **copy.deepcopy(self.options))
+
+    def __str__(self) -> str:
+        told = ",".join(f"{key}={value}" for key, value in self.options.items() if not isinstance(value, dict))
+        return f"{self.method}({told})"
+
+
+ROWS = [
+    Row("LORA", {"r": 4}),
+    Row("LORA", {"r": 4, "use_rslora": True, "lora_alpha": 3}),
+    Row("LORA", {"r": 4, "init_lora_weights": "gaussian"}),
+    Row("LORA", {"r": 4, "init_lora_weights": "orthogonal"}),
+    Row("LORA", {"r": 4, "bias": "lora_only"}),
+    Row("LORA", {"r": 4, "lora_bias": True}, without=("linear_no_bias", "conv3d", "embedding")),
+    Row("LORA", {"r": 8, "rank_pattern": {"site": 2}, "alpha_pattern": {"s.te": 6}}),
+    Row("LORA", {"r": 4, "use_dora": True}),
+]
+
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
+
+CASES = [
+    pytest.param(row, site, id=f"{row}-{site}")
+    for row in ROWS
+    for site in SITES
+    if site.kind in adapter_class(row.config()).kinds and site.name not in row.without
+]
+table = pytest.mark.parametrize(("row", "site"), CASES)
+
+
+def base_of(site: SiteCase) -> tuple[Net, torch.Tensor]:
+    torch.manual_seed(0)
+    return Net(site.build()).eval(), site.inputs()
+
+
+def adapted(row: Row, site: SiteCase, *, random: bool = True) -> tuple[PeftModel, torch.Tensor, Net]:
+    """A model with an adapter moved off its starting point, an input, and the bare base."""
+    base, x = base_of(site)
+    twin = copy.deepcopy(base)
+    model = get_peft_model(base, row.config()).eval()
+    if random:
+        randomize(model)
+    return model, x, twin
+
+
+def randomize(model: torch.nn.Module, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def test_every_method_has_a_row() -> None:
+    assert {row.method for row in ROWS} == set(METHODS)
+
+
+@table
+def test_fresh_adapter_changes_nothing(row: Row, site: SiteCase) -> None:
+    if not row.identity:
+        pytest.skip("this setting starts away from the base by design")
+    model, x, base = adapted(row, site, random=False)
+    torch.testing.assert_close(model(x), base(x), atol=1e-6, rtol=1e-5)
+
+
+@table
+def test_merged_is_adapted_and_unmerge_is_exact(row: Row, site: SiteCase) -> None:
+    model, x, base = adapted(row, site)
+    expected = model(x)
+    assert not torch.allclose(expected, base(x), atol=1e-4), "the adapter must do something for this test to mean anything"
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if not all(layer.adapters["default"].mergeable for _, layer in model.base_model.attached.layers()):
+        with pytest.raises(ValueError, match="merge"):
+            model.merge_adapter()
+        return
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected, atol=row.tolerance, rtol=1e-4)
+    model.unmerge_adapter()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), expected, atol=row.tolerance, rtol=1e-4)
+    assert set(merged.state_dict()) == set(base.state_dict())
+
+
+@table
+def test_switched_off_is_the_base(row: Row, site: SiteCase) -> None:
+    model, x, base = adapted(row, site)
+    expected = model(x)
+    with model.disable_adapter():
+        assert torch.equal(model(x), base(x))
+        with model.disable_adapter():
+            assert torch.equal(model(x), base(x))
+        assert torch.equal(model(x), base(x))
+    assert torch.equal(model(x), expected)
+
+
+@table
+def test_every_parameter_gets_a_gradient(row: Row, site: SiteCase) -> None:
+    model, x, _ = adapted(row, site)
+    (model(x) ** 2).sum().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    dead = [name for name, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert [name for name in dead if not any(part in name for part in row.no_gradient)] == []
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@table
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_survive_checkpointing(row: Row, site: SiteCase, reentrant: bool) -> None:
+    if reentrant and not site.inputs().is_floating_point():
+        pytest.skip("reentrant checkpointing needs an input that takes a gradient")
+    model, x, _ = adapted(row, site)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        (model(x.clone()) ** 2).sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    plain = gradients()
+    model.get_base_model().checkpointing = reentrant
+    for one, other in zip(plain, gradients(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@table
+def test_saved_and_loaded_is_the_same(row: Row, site: SiteCase, tmp_path: Any) -> None:
+    model, x, base = adapted(row, site)
+    model.save_pretrained(tmp_path / "one")
+    again = PeftModel.from_pretrained(base, tmp_path / "one")
+    assert torch.equal(again(x), model(x))
+    again.save_pretrained(tmp_path / "two")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@table
+def test_delete_leaves_no_trace(row: Row, site: SiteCase) -> None:
+    model, x, base = adapted(row, site)
+    model.delete_adapter("default")
+    inner = model.get_base_model()
+    assert [type(m) for m in inner.modules()] == [type(m) for m in base.modules()]
+    assert set(inner.state_dict()) == set(base.state_dict())
+    assert torch.equal(inner(x), base(x))
+
+
+@table
+def test_rows_of_two_adapters_in_one_batch(row: Row, site: SiteCase) -> None:
+    if site.kind == "attention" or row.options.get("bias", "none") != "none":
+        pytest.skip("refused by name: see test_engine")
+    model, x, base = adapted(row, site)
+    model.add_adapter("other", row.config())
+    model.set_adapter("other")
+    randomize(model, seed=2)
+    model.eval()
+    singles = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        singles.append(model(x))
+    mixed = model(x, adapter_names=["other", "__base__", "default"])
+    expected = torch.stack([singles[1][0], base(x)[1], singles[0][2]])
+    torch.testing.assert_close(mixed, expected, atol=1e-6, rtol=1e-5)
+
+
+@table
+def test_two_active_adapters_compose(row: Row, site: SiteCase) -> None:
+    """Both active and then merged: the same function, whatever the families."""
+    if row.options.get("bias", "none") != "none":
+        pytest.skip("one adapter with biases at a time")
+    model, x, _ = adapted(row, site)
+    model.add_adapter("other", row.config())
+    model.set_adapter("other")
+    randomize(model, seed=2)
+    model.set_adapter(["default", "other"])
+    model.eval()
+    expected = model(x)
+    layer = next(layer for _, layer in model.base_model.attached.layers())
+    if all(adapter.mergeable for adapter in layer.adapters.values()):
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), expected, atol=row.tolerance, rtol=1e-4)
+
+
+@table
+def test_half_precision_base_keeps_its_dtype(row: Row, site: SiteCase) -> None:
+    base, x = base_of(site)
+    base, x = base.to(torch.bfloat16), x.to(torch.bfloat16) if x.is_floating_point() else x
+    model = get_peft_model(base, row.config())
+    floating = [p for p in model.parameters() if p.requires_grad]
+    biases = "base_layer" if row.options.get("bias") else "no such name"  # they stand in the module, in its precision
+    own = [p for name, p in model.named_parameters() if p.requires_grad and biases not in name]
+    assert {p.dtype for p in own} == {torch.float32}
+    randomize(model)
+    output = model(x)
+    assert output.dtype == torch.bfloat16
+    (output.float() ** 2).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in floating if p.grad is not None)
+
+
+@table
+def test_works_without_tensors_on_the_meta_device(row: Row, site: SiteCase) -> None:
+    """A memory plan attaches adapters to a model that has shapes only."""
+    with torch.device("meta"):
+        base = Net(site.build())
+    model = get_peft_model(base, row.config())
+    real, _, _ = adapted(row, site, random=False)
+    assert model.get_nb_trainable_parameters() == real.get_nb_trainable_parameters()
+
+
+def test_delta_methods_state_the_same_update_twice() -> None:
+    """`activation` is a short cut for `delta`: the two must agree."""
+    for row in ROWS:
+        site = SITES[0]
+        model, x, _ = adapted(row, site)
+        layer = next(layer for _, layer in model.base_model.attached.layers())
+        adapter, p = layer.adapters["default"], layer.tensors("default")
+        if isinstance(adapter, DeltaAdapter) and not row.options.get("lora_bias"):
+            quick = adapter.activation(p, x, layer.site)
+            if quick is not None:
+                torch.testing.assert_close(quick, x @ adapter.delta(p).T, atol=1e-5, rtol=1e-4)
