@@ -297,7 +297,7 @@ def plan_sites(model: nn.Module, config: TunerConfig) -> list[tuple[Site, Adapte
         _settle_fan_in_fan_out(config, site)
         planned.append((site, method(config, site.shape, site.weight)))
         if site.kind == "attention":
-            out = LinearSite(base[path].get_submodule("out_proj"), f"{path}.out_proj")
+            out = LinearSite(base[f"{path}.out_proj"], f"{path}.out_proj")
             planned.append((out, method(config, out.shape, out.weight)))
     return planned
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -32,14 +33,14 @@ class TokenDataset:
 
     @classmethod
     def from_samples(cls, samples: Iterable[Sample]) -> TokenDataset:
-        """Lay `(ids, supervised)` pairs end to end."""
-        pairs = list(samples)
-        offsets = np.zeros(len(pairs) + 1, np.int64)
-        np.cumsum([len(ids) for ids, _ in pairs], out=offsets[1:])
+        """Lay `(ids, supervised)` pairs end to end, one after another: an iterator is never held in memory whole."""
+        input_ids, supervised, offsets = array("i"), bytearray(), array("q", [0])
+        for ids, mask in samples:
+            input_ids.frombytes(np.asarray(ids, np.int32).tobytes())
+            supervised += np.asarray(mask, np.bool_).tobytes()
+            offsets.append(len(input_ids))
         return cls(
-            np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in pairs)], dtype=np.int32),
-            np.concatenate([np.empty(0, np.bool_), *(mask for _, mask in pairs)], dtype=np.bool_),
-            offsets,
+            np.frombuffer(input_ids, np.int32), np.frombuffer(supervised, np.bool_), np.frombuffer(offsets, np.int64)
         )
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch  # noqa: TID253
@@ -18,6 +19,9 @@ from peftcli.data.collate import IGNORED
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states [N, D] to logits [N, V]."""
+
+After = Callable[[Tensor], Tensor]
+"""What a model does with its logits; elementwise."""
 
 
 def chunk_rows(device: torch.device) -> int:
@@ -76,7 +80,7 @@ def linear_cross_entropy(
         rows: rows at a time; a default by device.
         leaves: parameters that get their gradient through the head.
     """
-    return LinearCrossEntropy.apply(hidden, labels, head, rows or chunk_rows(hidden.device), tuple(leaves), *leaves)  # type: ignore[no-untyped-call]
+    return LinearCrossEntropy.apply(hidden, labels, head, rows or chunk_rows(hidden.device), tuple(leaves), *leaves)
 
 
 @torch.no_grad()
@@ -179,7 +183,7 @@ def _text(outputs: Tensor, labels: Tensor) -> Tensor:
 class _Tail:
     """What follows the hidden states: the head, then an elementwise function of its logits."""
 
-    def __init__(self, head: nn.Module, after: Callable[[Tensor], Tensor], hidden: Tensor) -> None:
+    def __init__(self, head: nn.Module, after: After, hidden: Tensor) -> None:
         self.head, self.after = head, after
         with torch.enable_grad():
             self.leaves = list(_leaves(self(hidden)))
@@ -218,8 +222,14 @@ def _probe(model: nn.Module, inputs: dict[str, Tensor]) -> _Tail | None:
     few = {name: value[:1, :2] if value.dim() > 1 else value[:1] for name, value in inputs.items()}
     device = next(iter(inputs.values())).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a probe must not shift the run's dropout
-        original, raw = head.forward, []
-        with tapped(head, lambda hidden: raw.append(original(hidden)) or raw[-1].clone()) as seen:
+        raw = []  # what the head gives, before the model goes on with it
+        original = head.forward
+
+        def watched(hidden: Tensor) -> Tensor:
+            raw.append(original(hidden))
+            return raw[-1].clone()
+
+        with tapped(head, watched) as seen:
             logits = model(**few, use_cache=False).logits
         if len(seen) != 1 or seen[0].dim() != 3 or raw[0].shape != logits.shape:
             return None
@@ -233,17 +243,30 @@ def _probe(model: nn.Module, inputs: dict[str, Tensor]) -> _Tail | None:
     return None
 
 
-def _tails(config: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+def _tails(config: Any) -> Iterator[After]:
     """What models are known to do with logits, judged by their config."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    yield lambda logits: logits
+    yield _as_they_are
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier"):
         value = getattr(text, name, None)
-        if not isinstance(value, (int, float)) or not value:
-            continue
-        yield lambda logits, cap=value: torch.tanh(logits / cap) * cap
-        yield lambda logits, factor=value: logits * factor
-        yield lambda logits, factor=value: logits / factor
+        if isinstance(value, (int, float)) and value:
+            yield from (partial(_soft_cap, value), partial(_multiply, value), partial(_divide, value))
+
+
+def _as_they_are(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _multiply(factor: float, logits: Tensor) -> Tensor:
+    return logits * factor
+
+
+def _soft_cap(cap: float, logits: Tensor) -> Tensor:
+    return torch.tanh(logits / cap) * cap
+
+
+def _divide(divisor: float, logits: Tensor) -> Tensor:
+    return logits / divisor
 
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:

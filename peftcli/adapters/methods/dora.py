@@ -57,4 +57,4 @@ class Dora(Lora):
         gain = site.broadcast(self.gain(p, self.weight()))
         update = super().activation(p, x, site)
         assert update is not None
-        return (gain - 1).to(x.dtype) * site.project(x) + gain.to(update.dtype) * update
+        return (gain - 1).to(update.dtype) * site.project(x) + gain.to(update.dtype) * update
