@@ -15,9 +15,10 @@ from typing import Any, cast
 from torch import Tensor, nn  # noqa: TID253
 
 from peftcli.adapters import checkpoint
+from peftcli.adapters.attach import attach
 from peftcli.adapters.config import PeftConfig, TaskType, TunerConfig, read_config
 from peftcli.adapters.context import check_adapter_names
-from peftcli.adapters.engine import Attached, attach, attached_to
+from peftcli.adapters.engine import Attached, attached_to
 from peftcli.errors import InputError
 
 HEADS: dict[TaskType | None, list[str]] = {

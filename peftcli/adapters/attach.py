@@ -1,0 +1,255 @@
+"""Attach an adapter to a model: find its sites, check that they fit, put the layers in their places.
+
+The model is changed in place: adapted modules are replaced by `AdapterLayer`s, modules trained in full by `CopyLayer`s.
+All sites are planned before the first is touched, so a config that does not fit leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch  # noqa: TID253
+from torch import nn  # noqa: TID253
+
+from peftcli.adapters.base import Adapter, Tensors, fill
+from peftcli.adapters.config import PeftConfig, TunerConfig, as_tuner_config
+from peftcli.adapters.copies import CopyLayer, TrainedBiases, trained_bias_owners
+from peftcli.adapters.engine import STATE, Attached, attached_to, base_modules, embeddings
+from peftcli.adapters.layer import AdapterLayer, Buffers, layer_for
+from peftcli.adapters.registry import adapter_class
+from peftcli.adapters.sites import LinearSite, Site, TransposedSite, site_for
+from peftcli.adapters.targets import default_targets, matches, select, unmatched_targets
+from peftcli.errors import InputError
+
+
+def attach(
+    model: nn.Module,
+    config: PeftConfig,
+    name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
+    initialize: bool = True,
+) -> Attached:
+    """Attach a new adapter in place and make it the active one.
+
+    Args:
+        model: any module; it is frozen but for the adapter.
+        config: the adapter's config. What it leaves open (targets, fan_in_fan_out) is filled in from the model.
+        name: the adapter's name; no dots, since it becomes part of parameter names.
+        autocast_adapter_dtype: keep adapters of fp16 and bf16 models in fp32.
+        initialize: False leaves the tensors empty, for an adapter that is loaded next.
+
+    Raises:
+        InputError: if the config does not fit the model; the model is then left as it was.
+    """
+    config = as_tuner_config(config)
+    config.validate()
+    attached = attached_to(model) or Attached(model)
+    _check_new(attached, config, name)
+    sites = plan_sites(model, config)
+    copies = _modules_to_copy(model, config, sites)
+    first = not attached.configs
+    if first:
+        model.requires_grad_(False)
+        model.__dict__[STATE] = attached
+    attached.configs[name] = config
+    options = _Placement(autocast_adapter_dtype, initialize)
+    _share(attached, name, sites, options)
+    for site, adapter in sites:
+        _attach_site(attached, name, site, adapter, options)
+    for path in copies:
+        _attach_copy(attached, name, path, options)
+    mode = getattr(config, "bias", "none")
+    if mode != "none":
+        adapted = {layer.base_layer for _, layer in attached.layers() if name in layer.adapters}
+        attached.biases[name] = TrainedBiases(trained_bias_owners(base_modules(model), mode, adapted))
+    attached.set_active(attached.active if not first else [name], trainable=True)
+    return attached
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """Where and in what precision new tensors are made."""
+
+    autocast: bool
+    initialize: bool
+
+    def dtype(self, base: torch.dtype) -> torch.dtype:
+        if not base.is_floating_point:
+            return torch.float32
+        half = base in (torch.float16, torch.bfloat16) or base.itemsize == 1
+        return torch.float32 if half and self.autocast else base
+
+
+def plan_sites(model: nn.Module, config: TunerConfig) -> list[tuple[Site, Adapter]]:
+    """The sites a config adapts and the adapter of each, before anything is changed."""
+    base = dict(base_modules(model))
+    if config.target_modules is None:
+        _fill_default_targets(model, config)
+    linear = [path for path, module in base.items() if _is_linear(model, path, module)]
+    chosen = select(config, base, linear=linear)
+    for missing in unmatched_targets(config, chosen):
+        warnings.warn(f"target_modules: `{missing}` matches no module of the model", stacklevel=4)
+    method = adapter_class(config)
+    planned: list[tuple[Site, Adapter]] = []
+    for path in chosen:
+        if any(path.startswith(f"{site.name}.") for site, _ in planned):
+            continue  # inside a module that is adapted already
+        site = site_for(base[path], path)
+        if site is None or site.kind not in method.kinds:
+            raise InputError(
+                f"Target module {type(base[path]).__name__} is not supported by {config.peft_type}",
+                place=path,
+                field="target_modules",
+                allowed=", ".join(sorted(method.kinds)),
+            )
+        _settle_fan_in_fan_out(config, site)
+        planned.append((site, method(config, site.shape, site.weight)))
+        if site.kind == "attention":
+            out = LinearSite(base[f"{path}.out_proj"], f"{path}.out_proj")
+            planned.append((out, method(config, out.shape, out.weight)))
+    return planned
+
+
+def _is_linear(model: nn.Module, path: str, module: nn.Module) -> bool:
+    """What `all-linear` means: every linear layer but the output head."""
+    site = site_for(module, path)
+    if not isinstance(site, (LinearSite, TransposedSite)):
+        return False
+    head = embeddings(model)[1]
+    is_head = head is not None and (module is head or getattr(head, "base_layer", None) is module)
+    is_classifier = path in ("score", "classifier") and "Classification" in type(model).__name__
+    return not is_head and not is_classifier
+
+
+def _fill_default_targets(model: nn.Module, config: TunerConfig) -> None:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    targets = default_targets(config.peft_type, model_type)
+    if targets is None:
+        raise InputError(
+            "Please specify `target_modules` in `peft_config`",
+            field="target_modules",
+            fix=f"there is no usual choice for model type {model_type!r}; `all-linear` adapts every linear layer",
+        )
+    config.target_modules = targets if isinstance(targets, str) else set(targets)
+
+
+def _settle_fan_in_fan_out(config: TunerConfig, site: Site) -> None:
+    """The module decides how its weight is stored; a config that says otherwise is corrected with PEFT's warning."""
+    if not hasattr(config, "fan_in_fan_out") or not isinstance(site, LinearSite):
+        return
+    stored_transposed = isinstance(site, TransposedSite)
+    if config.fan_in_fan_out != stored_transposed:
+        kind = type(site.module).__name__
+        warnings.warn(
+            f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is `{kind}`. "
+            f"Setting fan_in_fan_out to {stored_transposed}.",
+            stacklevel=5,
+        )
+        config.fan_in_fan_out = stored_transposed
+
+
+def _modules_to_copy(model: nn.Module, config: TunerConfig, sites: list[tuple[Site, Adapter]]) -> list[str]:
+    names = config.modules_to_save
+    if not names:
+        return []
+    paths = [path for path, _ in base_modules(model) if path and matches(list(names), path, field="modules_to_save")]
+    unmatched = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths)]
+    heads = ("classifier", "score", "qa_outputs")  # task types add all of them; a model has one
+    if missing := [name for name in unmatched if name not in heads]:
+        raise InputError(f"{missing} name no module of the model", field="modules_to_save")
+    adapted = {site.name for site, _ in sites}
+    if both := sorted(adapted & set(paths)):
+        raise InputError(
+            f"{both[0]} is adapted and also trained in full", field="modules_to_save", fix="name it in one"
+        )
+    return [path for path in paths if not any(path.startswith(f"{outer}.") for outer in paths)]
+
+
+def _check_new(attached: Attached, config: TunerConfig, name: str) -> None:
+    if "." in name or name == "":
+        raise InputError(f"adapter name {name!r} may not contain a dot or be empty", field="adapter_name")
+    if name in attached.configs:
+        raise InputError(f"Adapter with name {name} already exists.", field="adapter_name")
+    if attached.merged:
+        raise InputError("Cannot add an adapter while others are merged", fix="unmerge_adapter() first")
+    biased = [other for other in attached.configs.values() if getattr(other, "bias", "none") != "none"]
+    if attached.configs and (biased or getattr(config, "bias", "none") != "none"):
+        raise InputError(
+            f"{type(config).__name__.removesuffix('Config')}Model supports only 1 adapter with bias. "
+            "When using multiple adapters, set bias to 'none' for all adapters.",
+            field="bias",
+        )
+
+
+def _share(attached: Attached, name: str, sites: list[tuple[Site, Adapter]], options: _Placement) -> None:
+    """Allocate the tensors kept once a model; every site sees the same ones."""
+    specs = {key: spec for _, adapter in sites for key, spec in adapter.tensors().items() if spec.shared}
+    if not specs:
+        return
+    site, adapter = sites[0]
+    made = type(adapter).make_shared([adapter for _, adapter in sites], attached.configs[name])
+    for key, spec in specs.items():
+        tensor = made.get(key)
+        if tensor is None:
+            tensor = torch.empty(spec.shape, device=site.device)
+            fill(tensor, spec.init)
+        bank = attached.shared.setdefault(key, nn.ParameterDict() if spec.trainable else Buffers())
+        bank[name] = nn.Parameter(tensor.to(site.device)) if spec.trainable else tensor.to(site.device)
+
+
+def _attach_site(attached: Attached, name: str, site: Site, adapter: Adapter, options: _Placement) -> None:
+    existing = _find(attached.root, site.name)
+    if isinstance(existing, AdapterLayer):
+        layer = existing
+    else:
+        read = (
+            isinstance(site, LinearSite) and site.name.endswith("out_proj") and _inside_attention(attached, site.name)
+        )
+        layer = layer_for(site, attached.context, weight_is_read=read)
+        _replace(attached.root, site.name, layer)
+    shared = Tensors({key: bank[name] for key, bank in attached.shared.items() if name in bank})
+    layer.add(
+        name,
+        adapter,
+        shared=shared,
+        dtype=options.dtype(site.dtype),
+        device=site.device,
+        initialize=options.initialize,
+    )
+
+
+def _inside_attention(attached: Attached, path: str) -> bool:
+    parent = _find(attached.root, path.rpartition(".")[0])
+    return isinstance(getattr(parent, "base_layer", parent), nn.MultiheadAttention)
+
+
+def _attach_copy(
+    attached: Attached, name: str, path: str, options: _Placement, kind: type[CopyLayer] = CopyLayer
+) -> None:
+    existing = _find(attached.root, path)
+    copied = existing if isinstance(existing, kind) else kind(existing, attached.context)
+    if copied is not existing:
+        _replace(attached.root, path, copied)
+    dtype = next((p.dtype for p in copied.original.parameters() if p.is_floating_point()), torch.float32)
+    copied.add(name, dtype=options.dtype(dtype))
+
+
+def _find(root: nn.Module, path: str) -> nn.Module:
+    """The module at a base path, looking through the layers that wrap its parents (not the module itself)."""
+    module = root
+    for part in path.split("."):
+        while isinstance(module, (AdapterLayer, CopyLayer)):
+            module = module.base_layer if isinstance(module, AdapterLayer) else module.original
+        module = module.get_submodule(part)
+    return module
+
+
+def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at a base path, reaching through whatever wraps its parents."""
+    parent, _, leaf = path.rpartition(".")
+    owner = _find(root, parent) if parent else root
+    while isinstance(owner, (AdapterLayer, CopyLayer)):
+        owner = owner.base_layer if isinstance(owner, AdapterLayer) else owner.original
+    owner.add_module(leaf, module)
