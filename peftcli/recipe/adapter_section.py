@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from pydantic import InstanceOf, ValidationError, model_serializer, model_validator
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from peftcli.adapters.config import PeftConfig, field_problems
@@ -34,7 +35,7 @@ class AdapterSection(Section):
 
     method: str
     """PEFT's name of the method in lower case, or `full` for training without an adapter."""
-    config: InstanceOf[PeftConfig] | None
+    config: SkipJsonSchema[InstanceOf[PeftConfig] | None]
     """The method's config with everything the recipe sets; None for `full`."""
 
     @model_validator(mode="before")

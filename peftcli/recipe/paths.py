@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peftcli.data.readers import is_data_file
 from peftcli.errors import InputError, printable
 from peftcli.recipe.nodes import Location, Node, dotted, walk
 
@@ -22,7 +23,6 @@ LAUNCHER_FILE = ("launcher", "config")
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
 PACKAGE = re.compile(r"package:[A-Za-z_][\w.-]{0,95}", re.ASCII)
-NOT_DATA = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py", ".ipynb", ".yaml", ".yml")
 
 
 def make_absolute(root: Node) -> None:
@@ -72,7 +72,7 @@ def _is_input_path(location: Location, node: Node) -> bool:
     is_data = location[:2] in (("data", "train"), ("data", "eval")) and (
         len(location) == 2 or isinstance(location[-1], int) or location[-1] == "path"
     )
-    return is_data and _is_local(text, node.origin.folder)
+    return is_data and (is_data_file(Path(text)) or _is_local(text, node.origin.folder))
 
 
 def _is_local(text: str, folder: Path) -> bool:
@@ -99,8 +99,8 @@ def _data(text: str) -> Iterator[tuple[str, str | None]]:
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         yield f"{_shown(text)} is neither a file nor a folder", None
-    elif stat.S_ISREG(mode) and text.endswith(NOT_DATA):
-        yield f"{_shown(text)} is no data set by its name", "JSONL, JSON, CSV, Parquet or Arrow"
+    elif stat.S_ISREG(mode) and not is_data_file(Path(text)):
+        yield f"{_shown(text)} is no data set by its name", "JSON Lines, JSON, CSV, Parquet or Arrow"
 
 
 def _output(path: Path) -> Iterator[tuple[Location, str, str | None]]:

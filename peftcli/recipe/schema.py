@@ -109,7 +109,11 @@ def _is_split(value: Any) -> str:
     return SPLIT_TAG if is_split else SOURCES_TAG
 
 
-Sources = Annotated[tuple[DataSource, ...], Field(min_length=1, max_length=1000), BeforeValidator(_sources)]
+Sources = Annotated[
+    tuple[DataSource, ...],
+    Field(min_length=1, max_length=1000),
+    BeforeValidator(_sources, json_schema_input_type=str | DataSource | list[str | DataSource]),
+]
 EvalData = Annotated[
     Annotated[EvalSplit, Tag(SPLIT_TAG)] | Annotated[Sources, Tag(SOURCES_TAG)], Discriminator(_is_split)
 ]
@@ -132,6 +136,9 @@ class DataSection(Section):
     """Put several samples into one row (best fit decreasing); they never attend to each other."""
     loss_on: Literal["all", "completion", "assistant", "last_assistant"] = "assistant"
     """Tokens that are learnt."""
+    apply_chat_template: bool = True
+    """Write prompt/completion and alpaca rows as turns of the tokenizer's chat template, if it has one; else as plain
+    text. Conversations always go through the template, running text never does."""
 
 
 class LauncherSection(Section):

@@ -23,6 +23,7 @@ Scheduler = Literal[
     "warmup_stable_decay",
 ]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab", "trackio"]
+_TrackerInput = Tracker | Literal["none"] | list[Tracker] | None
 Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
@@ -86,7 +87,7 @@ class TrainingSection(Section):
 
     logging_steps: Count = 10
     """Steps between two entries of log.jsonl."""
-    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_trackers)] = ()
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_trackers, json_schema_input_type=_TrackerInput)] = ()
     """Trackers besides log.jsonl and loss.png: a name, a list of names, or none."""
     run_name: Text | None = None
     """Name of the run in trackers. null: the name of the run folder."""
@@ -95,7 +96,7 @@ class TrainingSection(Section):
     """When data.eval is evaluated; the end of training always is."""
     eval_steps: Count = 50
     """Steps between two evaluations (eval_strategy: steps)."""
-    metric_for_best_model: Literal["eval_loss"] = "eval_loss"
+    metric_for_best_model: Literal["eval_loss", "eval_token_accuracy"] = "eval_loss"
     """What decides which checkpoint is the best."""
     early_stopping_patience: Count | None = None
     """Stop after this many evaluations in a row without a better metric. null: never."""

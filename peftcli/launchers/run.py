@@ -1,0 +1,95 @@
+"""Running the worker: in this process, or in several under a launcher whose failure is ours."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from peftcli.errors import EXIT_BAD_INPUT, InputError, RunError, printable
+from peftcli.launchers.command import Command
+
+LOG = "launcher.log"
+SHOWN_LINES = 12
+FORWARDED = (signal.SIGTERM, signal.SIGINT)
+
+
+def run(command: Command, run_folder: Path, *, quiet: bool = False) -> None:
+    """Start the processes and wait for them.
+
+    What the launcher and the ranks write to stderr goes to `launcher.log` in the run folder.
+
+    Args:
+        quiet: keep stdout free of the ranks' output too.
+
+    Raises:
+        RunError: if a rank failed, with the end of its `rank-N.log`; or with the shell's exit code after a signal.
+        InputError: if the launcher refused its arguments.
+    """
+    with (run_folder / LOG).open("wb") as log:
+        process = subprocess.Popen(
+            command.argv,
+            env={**os.environ, **command.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=log if quiet else None,
+            stderr=log,
+        )
+        with _forwarding(process) as received:
+            code = process.wait()
+    if received:
+        error = RunError(f"stopped by {signal.Signals(received[0]).name}; continue with --resume auto")
+        error.exit_code = 128 + received[0]
+        raise error
+    if code:
+        raise _failure(code, command, run_folder)
+
+
+@contextmanager
+def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """While open, signals that ask us to stop are passed on to the launcher, which passes them to its ranks."""
+    received: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if process.poll() is None:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _failure(code: int, command: Command, run_folder: Path) -> RunError | InputError:
+    reports = sorted(run_folder.glob("rank-*.log"), key=lambda path: path.stat().st_mtime)
+    if reports:
+        first = reports[0]
+        return RunError(f"{first.stem.replace('-', ' ')} failed: {_last_lines(first, 1)}\n  all of it: {first}")
+    log = run_folder / LOG
+    if code == EXIT_BAD_INPUT:  # argparse's code: the launcher did not understand an argument
+        return InputError(f"the launcher refused its arguments:\n{_last_lines(log, 2)}", place="after `--`")
+    return RunError(f"the launcher failed with exit code {code}:\n{_last_lines(log, SHOWN_LINES)}\n  all of it: {log}")
+
+
+def _last_lines(path: Path, count: int) -> str:
+    with path.open("rb") as file:
+        _skip_to_end(file, 64 << 10)
+        lines = [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    return printable("\n".join(lines[-count:]), 4000)
+
+
+def _skip_to_end(file: IO[bytes], size: int) -> None:
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - size))
+
+
+def worker_arguments(run_folder: Path, resume: str | None) -> Sequence[str]:
+    """The worker's own command line."""
+    return [str(run_folder), *(["--resume", resume] if resume else [])]
