@@ -98,8 +98,11 @@ def _vocabulary_grew(attached: Attached, name: str) -> bool:
     size = getattr(getattr(attached.root, "config", None), "vocab_size", None)
     if not base or size is None:
         return False
-    local = Path(base) / "config.json"
-    path = local if local.is_file() else None if Path(base).exists() else try_to_load_from_cache(base, "config.json")
+    try:
+        local = Path(base) / "config.json"
+        path = local if local.is_file() else try_to_load_from_cache(base, "config.json")
+    except ValueError:  # no path and no hub id
+        return False
     if not isinstance(path, (str, Path)):
         return False  # nothing to compare with; adapted or trained embeddings are stored as such anyway
     return read_strict_json(Path(path)).get("vocab_size", size) != size
@@ -153,8 +156,9 @@ def _obsolete(attached: Attached, name: str, key: str) -> bool:
 def _missing(key: str, given: Iterable[str], place: str | Path) -> InputError:
     tail = key.removeprefix(PREFIX)
     near = [other for other in given if other.replace(".default", "").endswith(tail)]
-    fix = f"the file has `{printable(near[0])}`: its keys must start with `{PREFIX}` and not hold the adapter's name"
-    return InputError("is missing from the file", place=place, field=key, fix=fix if near else None)
+    keys = f"keys must start with `{PREFIX}` and not hold the adapter's name"
+    fix = f"the file has `{printable(near[0])}`: {keys}" if near else None
+    return InputError("is missing from the file", place=place, field=key, fix=fix)
 
 
 def _unexpected(key: str, place: str | Path) -> InputError:

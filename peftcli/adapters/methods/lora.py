@@ -70,6 +70,11 @@ class LoraConfig(TunerConfig):
             raise InputError(f"`lora_bias=True` is not supported together with bias={self.bias!r}", field="lora_bias")
         if self.lora_bias and self.use_dora:
             raise InputError("`lora_bias=True` is not supported for DoRA", field="lora_bias")
+        odd = [r for r in (self.r, *self.rank_pattern.values()) if r % 2]
+        if self.init_lora_weights == "orthogonal" and odd:
+            raise InputError(
+                f"Orthogonal initialization requires the LoRA rank to be even, got {odd[0]} instead.", field="r"
+            )
 
 
 class Lora(LowRankAdapter):
@@ -147,8 +152,6 @@ class Lora(LowRankAdapter):
 def initialize_orthogonal(a: Tensor, b: Tensor) -> None:
     """A and B from disjoint halves of one random orthogonal matrix [r, r], so that B A = 0 and neither is zero."""
     r = a.shape[0]
-    if r % 2:
-        raise InputError(f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead.", field="r")
     basis, _ = torch.linalg.qr(torch.randn(r, r, device=a.device))
     in_features, out_features = a.flatten(1).shape[1], b.shape[0]
     a.copy_((torch.randn(in_features, r // 2, device=a.device) @ basis[0::2] / 10).T.reshape(a.shape))

@@ -1,0 +1,103 @@
+"""Adapters made by real PEFT (0.13.0 and 0.21.2) load, compute, differentiate, merge and are written back the same."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from golden import Golden, find, forward
+
+from peftcli import PeftModel
+from peftcli.adapters.registry import METHODS, config_class
+from peftcli.errors import InputError
+
+SHARED = Path(os.environ.get("PEFTCLI_SHARED", Path(__file__).parents[3] / "shared")).resolve()
+CASES = find(SHARED) or {"none": None}
+
+UNSUPPORTED = {
+    "lora_alora": "alora_invocation_tokens",
+    "lora_bdlora": "use_bdlora",
+    "lora_kasa": "kasa_config",
+    "lora_monteclora": "monteclora_config",
+    "lora_velora": "velora_config",
+}
+"""Variants of LoRA we do not have, and the field a refusal must name."""
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set"),
+]
+
+
+@pytest.fixture(params=list(CASES))
+def case(request: pytest.FixtureRequest) -> Golden:
+    found = CASES[request.param]
+    if found is None:
+        pytest.skip(f"no golden adapters at {SHARED}")
+    return found
+
+
+def peft_type(case: Golden) -> str:
+    return json.loads((case.adapter / "adapter_config.json").read_text())["peft_type"]
+
+
+def load(case: Golden, base: torch.nn.Module) -> PeftModel:
+    return PeftModel.from_pretrained(base, case.adapter, is_trainable=trainable(case), allow_pickle=True).eval()
+
+
+def trainable(case: Golden) -> bool:
+    """Prompt methods load for inference only, as in PEFT."""
+    return not config_class(peft_type(case)).is_prompt_learning
+
+
+def test_golden(case: Golden, tmp_path: Path) -> None:
+    """Logits 2e-5, merged logits 1e-4, gradients 1e-3: the tolerances of the golden set's README."""
+    if case.folder.name in UNSUPPORTED or peft_type(case) not in METHODS:
+        with pytest.raises(InputError, match=UNSUPPORTED.get(case.folder.name, "unknown method")):
+            load(case, case.base())
+        return
+    inputs, expected = case.inputs(), case.expected()
+    model = load(case, case.base())
+    logits = forward(model, inputs)
+    reference = expected["logits_presave"] if case.facts["trust"]["logits"] == "hf_lossy" else expected["logits"]
+    torch.testing.assert_close(logits, reference, atol=2e-5, rtol=0)
+
+    (logits**2).mean().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for name, (total, norm) in case.facts["grads"].items():
+        assert name in gradients, f"{name} gets no gradient"
+        assert gradients[name].norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-7), name
+        assert gradients[name].sum().item() == pytest.approx(total, rel=1e-3, abs=1e-3 * norm + 1e-7), name
+
+    check_saved(case, model, logits, inputs, tmp_path)
+    check_merged(case, model, logits, inputs, expected)
+
+
+def check_saved(case: Golden, model: PeftModel, logits: torch.Tensor, inputs: dict, folder: Path) -> None:
+    """Written back: the same keys and shapes, and the same logits when loaded again."""
+    from safetensors import safe_open
+
+    model.save_pretrained(folder)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        written = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    if "tensors" in case.facts:  # a .bin lists none
+        assert written == {key: shape for key, (_, shape) in case.facts["tensors"].items()}
+    again = PeftModel.from_pretrained(case.base(), folder).eval()
+    torch.testing.assert_close(forward(again, inputs), logits, atol=1e-6, rtol=0)
+
+
+def check_merged(case: Golden, model: PeftModel, logits: torch.Tensor, inputs: dict, expected: dict) -> None:
+    """HF's merged logits where they can be trusted; always: merged = adapted, or refused with a reason."""
+    try:
+        merged = model.merge_and_unload()
+    except ValueError as error:
+        assert "merge" in str(error).lower()
+        assert case.facts["trust"]["merge"] != "ok"
+        return
+    result = forward(merged, inputs)
+    torch.testing.assert_close(result, logits, atol=1e-4, rtol=0)
+    if case.facts["trust"]["merge"] == "ok":
+        torch.testing.assert_close(result, expected["merged_logits"], atol=1e-4, rtol=0)
