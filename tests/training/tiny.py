@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from peftcli.data.tokens import TokenDataset
+from peftcli.recipe.training_section import TrainingSection
+from peftcli.training.callbacks import Callback
+from peftcli.training.loop import Trainer
 
 VOCABULARY = 97
 
@@ -43,3 +51,41 @@ def random_batch(rows: int = 3, length: int = 11, seed: int = 0) -> dict[str, to
     wanted[:, 0] = False
     labels = torch.where(wanted, ids, -100)
     return {"input_ids": ids * real, "attention_mask": real.long(), "labels": labels}
+
+
+def random_data(samples: int = 24, seed: int = 0, longest: int = 12) -> TokenDataset:
+    """Samples of different lengths with different shares of supervised tokens, at least one each."""
+    generator = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(samples):
+        length = int(generator.integers(3, longest + 1))
+        supervised = generator.random(length) < generator.random()
+        supervised[0], supervised[-1] = False, True
+        pairs.append((generator.integers(1, VOCABULARY, length).astype(np.int32), supervised))
+    return TokenDataset.from_samples(pairs)
+
+
+def settings(**values: Any) -> TrainingSection:
+    """A `training` section that writes nothing unless asked to."""
+    quiet = {"save_strategy": "no", "load_best_model_at_end": False, "logging_steps": 1, "warmup_ratio": 0.0}
+    return TrainingSection(**{"output_dir": "out", **quiet, **values})
+
+
+class Recorder(Callback):
+    """Keeps every log row, without what depends on the clock."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        self.rows.append({k: v for k, v in row.items() if k not in ("tokens_per_second", "memory")})
+
+
+def trainer(folder: Path, model: nn.Module | None = None, **values: Any) -> Trainer:
+    """A one-process trainer of a tiny Llama; `values` are settings, or Trainer's arguments."""
+    names = ("train_data", "eval_data", "callbacks", "export", "received_signal", "manifest")
+    arguments = {name: values.pop(name) for name in names if name in values}
+    data = arguments.pop("train_data", None) or random_data()
+    return Trainer(
+        model or tiny_llama(), data, settings(**values), folder, accelerator=Accelerator(cpu=True), **arguments
+    )

@@ -1,0 +1,52 @@
+"""From a tokenised data set to the batches of one process."""
+
+from __future__ import annotations
+
+import numpy as np  # noqa: TID253
+import torch  # noqa: TID253
+from numpy.typing import ArrayLike  # noqa: TID253
+from torch import Tensor  # noqa: TID253
+
+from peftcli.data.collate import IGNORED, collate
+from peftcli.data.sampler import batches
+from peftcli.data.tokens import TokenDataset
+from peftcli.recipe.training_section import TrainingSection
+
+Window = list[list[int]]
+"""Sample indices of the batches of one optimizer step."""
+
+
+def training_windows(
+    dataset: TokenDataset, settings: TrainingSection, epoch: int, *, world_size: int = 1, rank: int = 0
+) -> list[Window]:
+    """The optimizer steps of one epoch on one process; the last may hold fewer batches."""
+    order = batches(
+        dataset.lengths,
+        settings.per_device_train_batch_size,
+        settings.seed if settings.data_seed is None else settings.data_seed,
+        epoch,
+        group_by_length=settings.group_by_length,
+        world_size=world_size,
+        rank=rank,
+    )
+    size = settings.gradient_accumulation_steps
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def evaluation_batches(lengths: ArrayLike, size: int, *, world_size: int = 1, rank: int = 0) -> list[list[int]]:
+    """Every sample once over all processes, longest first; processes with fewer batches get empty ones at the end."""
+    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    groups: list[list[int]] = [order[start : start + size] for start in range(0, len(order), size)]
+    groups += [[]] * (-len(groups) % world_size)
+    return groups[rank::world_size]
+
+
+def to_batch(dataset: TokenDataset, indices: list[int], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and `labels` [B, T] on the device.
+
+    An empty list gives a batch without labels, so that this process can keep step with the others.
+    """
+    arrays = collate([dataset[index] for index in indices or [0]], pad_token_id)
+    if not indices:
+        arrays["labels"].fill(IGNORED)
+    return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}

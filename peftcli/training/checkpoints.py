@@ -1,0 +1,279 @@
+"""Checkpoint folders that are whole or not there at all.
+
+A checkpoint is written as `.tmp-<step>-<pid>/`; its files are flushed to disk, `manifest.json` (size and sha256 of each)
+is written last, and one rename makes it `checkpoint-<step>/`. So a run killed at any moment leaves complete checkpoints
+and, at worst, a temporary folder that the next run sweeps away. What the manifest doesn't vouch for isn't resumed from.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from peftcli.errors import InputError, RunError, printable
+from peftcli.files import parse_json, read_bounded
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 1
+MAX_MANIFEST_BYTES = 8 << 20
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
+_TEMPORARY = re.compile(r"\.tmp-\d{1,15}-(\d{1,10})(-old)?")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint to resume from, if any, and those passed over with the reason."""
+
+    folder: Path | None
+    skipped: tuple[tuple[Path, str], ...] = ()
+
+
+# -- writing --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_checkpoint(run_folder: Path, step: int, facts: dict[str, Any], *, needed: int = 0) -> Iterator[Path]:
+    """A folder to fill; it becomes `checkpoint-<step>` when the block ends well and vanishes when it doesn't.
+
+    Args:
+        run_folder: where the run's checkpoints lie.
+        step: optimizer steps done.
+        facts: further entries of the manifest (recipe hash, versions).
+        needed: bytes about to be written, to refuse a full disk beforehand.
+
+    Raises:
+        RunError: the disk is full or fails.
+    """
+    with temporary_folder(run_folder, step, needed=needed) as folder:
+        yield folder
+        _seal(folder, {"format": MANIFEST_FORMAT, "step": step, **facts})
+        target = run_folder / f"checkpoint-{step}"
+        if target.exists():  # left over from an attempt that was resumed from an earlier step
+            discard(target)
+        os.rename(folder, target)
+        _flush(run_folder)
+
+
+@contextmanager
+def temporary_folder(run_folder: Path, step: int, *, needed: int = 0) -> Iterator[Path]:
+    """A `.tmp-<step>-<pid>` folder beside the checkpoints, removed at the end if it is still there.
+
+    Raises:
+        RunError: the disk is full or fails, with path, needed and free bytes.
+    """
+    folder = run_folder / f".tmp-{step}-{os.getpid()}"
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        _require_space(run_folder, needed)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        yield folder
+    except OSError as error:
+        raise _disk_error(error, run_folder, needed) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def flush_files(folder: Path) -> list[Path]:
+    """Give every file below `folder` the modes the umask asks for, flush it to disk, and list them sorted."""
+    umask = os.umask(0)
+    os.umask(umask)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        path.chmod(0o666 & ~umask)  # safetensors writes 0600
+        _flush(path)
+    for inner in {path.parent for path in files} | {folder}:
+        _flush(inner)
+    return files
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Replace files of `target` by those of `source`, `adapter_config.json` last: without it nothing is an adapter."""
+    files = flush_files(source)
+    for path in sorted(files, key=lambda path: (path.name == "adapter_config.json", path)):
+        destination = target / path.relative_to(source)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, destination)
+    _flush(target)
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint so that a kill half-way leaves no half checkpoint: it loses its name first."""
+    doomed = checkpoint.with_name(f".tmp-{step_of(checkpoint) or 0}-{os.getpid()}-old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def rotate(run_folder: Path, limit: int | None, keep: Collection[int]) -> None:
+    """Delete all but the `limit` latest checkpoints and those of the steps in `keep` (the best, the one just written)."""
+    if limit is None:
+        return
+    latest = [path for path in checkpoints(run_folder) if step_of(path) not in keep]
+    for path in latest[max(0, limit - 1) :]:
+        discard(path)
+
+
+def sweep(run_folder: Path) -> None:
+    """Remove temporary folders of processes that are gone."""
+    for path in run_folder.glob(".tmp-*"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and not _alive(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# -- reading --------------------------------------------------------------------------------------------------------
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step in a checkpoint folder's name."""
+    match = _CHECKPOINT.fullmatch(checkpoint.name)
+    return int(match[1]) if match else None
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """The run's checkpoint folders, latest first, valid or not."""
+    steps = {path: step_of(path) for path in run_folder.glob("checkpoint-*") if path.is_dir()}
+    return sorted((path for path, step in steps.items() if step is not None), key=lambda path: -(steps[path] or 0))
+
+
+def find_checkpoint(run_folder: Path, which: str | Path) -> Found:
+    """The checkpoint `which` names: a folder, or `auto` for the latest of the run that verifies (or none at all).
+
+    Raises:
+        InputError: the named one is damaged, isn't the run's latest, or `auto` finds only damaged ones.
+    """
+    existing = checkpoints(run_folder)
+    if which != "auto":
+        return Found(_named_checkpoint(Path(which), run_folder, existing))
+    skipped: list[tuple[Path, str]] = []
+    for path in existing:
+        reason = damage(path)
+        if reason is None:
+            return Found(path, tuple(skipped))
+        skipped.append((path, reason))
+    if skipped:
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped)
+        raise InputError(
+            f"no checkpoint can be resumed from ({reasons})",
+            place=run_folder,
+            fix="start anew with --overwrite",
+        )
+    return Found(None)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, judged by its manifest, or None if every byte is as it was written."""
+    try:
+        manifest = parse_json(read_bounded(checkpoint / MANIFEST, MAX_MANIFEST_BYTES))
+        if manifest["format"] != MANIFEST_FORMAT:
+            return f"{MANIFEST} has format {printable(manifest['format'])}; this version reads {MANIFEST_FORMAT}"
+        entries = [(str(entry["name"]), int(entry["size"]), str(entry["sha256"])) for entry in manifest["files"]]
+    except InputError as error:
+        return f"{MANIFEST} {error.problem}"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is not a manifest"
+    for name, size, digest in entries:
+        path = checkpoint / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            return f"{MANIFEST} names a file outside the checkpoint"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        if sha256(path) != digest:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# -- details --------------------------------------------------------------------------------------------------------
+
+
+def _named_checkpoint(folder: Path, run_folder: Path, existing: list[Path]) -> Path:
+    if not (folder / MANIFEST).is_file() and checkpoints(folder):  # a run folder was given
+        raise InputError(
+            "is a run folder, not a checkpoint",
+            place=folder,
+            field="--resume",
+            allowed="auto, or " + ", ".join(path.name for path in checkpoints(folder)),
+        )
+    reason = damage(folder)
+    if reason is not None:
+        raise InputError(f"can't be resumed from: {reason}", place=folder, field="--resume", fix="--resume auto")
+    if folder.resolve().parent == run_folder.resolve():
+        later = [path.name for path in existing if (step_of(path) or 0) > (step_of(folder) or 0)]
+        if later:
+            raise InputError(
+                f"later checkpoints would mix with the new ones: {', '.join(later)}",
+                place=folder,
+                field="--resume",
+                fix="delete or move them, resume from the latest, or choose another training.output_dir",
+            )
+    return folder
+
+
+def _seal(folder: Path, facts: dict[str, Any]) -> None:
+    """Flush all files, then vouch for them."""
+    files = flush_files(folder)
+    entries = [
+        {"name": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "sha256": sha256(path)}
+        for path in files
+    ]
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({**facts, "files": entries}, indent=1) + "\n", encoding="utf-8")
+    _flush(manifest)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or folder."""
+    if os.name == "nt" and path.is_dir():  # Windows can't open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _disk_error(error: OSError, folder: Path, needed: int) -> RunError:
+    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    return RunError(
+        f"{folder}: the checkpoint could not be written ({error.strerror or error}): "
+        f"needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free. Nothing was left half-written; "
+        "continue with --resume auto once there is room"
+    )
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

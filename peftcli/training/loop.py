@@ -1,0 +1,331 @@
+"""The training loop, on `accelerate.Accelerator`.
+
+A step is a window of `gradient_accumulation_steps` batches on each process. Its loss is the sum over all supervised
+tokens of the window, on all processes, divided by their number; so 1x8, 2x4 and 8x1 (batch x accumulation), one process
+or several, give the same gradient, in a short last window too.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch  # noqa: TID253
+from accelerate import Accelerator  # noqa: TID253
+from accelerate.optimizer import AcceleratedOptimizer  # noqa: TID253
+from accelerate.utils import gather_object, set_seed  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm  # noqa: TID253
+
+from peftcli.data.tokens import TokenDataset
+from peftcli.errors import RunError
+from peftcli.recipe.training_section import TrainingSection
+from peftcli.training import resume, state
+from peftcli.training.batches import Window, evaluation_batches, to_batch, training_windows
+from peftcli.training.callbacks import Callback, StepReport
+from peftcli.training.losses import CausalLMLoss
+from peftcli.training.optimizers import build_optimizer, build_scheduler
+from peftcli.training.progress import peak_memory
+from peftcli.training.signals import Interrupted
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        steps: optimizer steps done.
+        best_step: step of the best evaluation, None without evaluation.
+        best_value: the metric there.
+        metrics: the last evaluation.
+        stopped: why it ended before its last step, or None.
+        seconds: time in the loop.
+    """
+
+    steps: int
+    best_step: int | None
+    best_value: float | None
+    metrics: dict[str, float]
+    stopped: str | None
+    seconds: float
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Recompute each layer in the backward pass.
+
+    Not the reentrant way, which needs inputs that require gradients: those would carry gradients through all layers
+    before the first adapted one.
+    """
+    # Later versions of transformers 5 know it by the first name and warn at the second.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+class Trainer:
+    """Trains the parameters of `model` that require gradients.
+
+    Args:
+        model: a causal language model, adapted or not.
+        train_data: what it learns.
+        settings: the recipe's `training` section.
+        folder: the run folder; checkpoints go there.
+        accelerator: of one process or many, without gradient accumulation of its own.
+        eval_data: what decides which step is the best.
+        pad_token_id: fills rows up; any id does.
+        callbacks: what happens around the loop; their states are saved with the first process's.
+        export: writes the finished form of the adapter into a checkpoint, for other programs to load.
+        received_signal: gives the number of a signal that asks to stop, or 0.
+        manifest: further entries for the checkpoints' manifests.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_data: TokenDataset,
+        settings: TrainingSection,
+        folder: Path,
+        *,
+        accelerator: Accelerator,
+        eval_data: TokenDataset | None = None,
+        pad_token_id: int = 0,
+        callbacks: Sequence[Callback] = (),
+        export: Callable[[Path], None] | None = None,
+        received_signal: Callable[[], int] = lambda: 0,
+        manifest: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.train_data, self.eval_data = model, train_data, eval_data
+        self.settings, self.folder, self.accelerator = settings, folder, accelerator
+        self.pad_token_id, self.callbacks, self.export = pad_token_id, callbacks, export
+        self.received_signal, self.manifest = received_signal, manifest or {}
+        self.world_size, self.rank = accelerator.num_processes, accelerator.process_index
+        self.metric: str = settings.metric_for_best_model
+        self.progress = state.Progress()
+        self.metrics: dict[str, float] = {}
+        self.stopped: str | None = None
+        self._logged_at, self._logged_tokens = 0.0, 0
+        self.steps_per_epoch = len(self._windows(0))
+        self.total_steps = settings.max_steps
+        if settings.max_steps < 0:
+            self.total_steps = math.ceil(settings.num_train_epochs * self.steps_per_epoch)
+        self._counts, self._lengths = train_data.label_counts, train_data.lengths
+        self._prepare()
+
+    def _prepare(self) -> None:
+        if self.settings.gradient_checkpointing:
+            _checkpoint_activations(self.model)
+        optimizer = build_optimizer(self.model, self.settings)
+        self.names = state.parameter_names(self.model, optimizer)
+        # Not prepared by Accelerate, which would take one schedule step for each process.
+        self.scheduler = build_scheduler(optimizer, self.settings, self.total_steps)
+        weights = (p.dtype for p in self.model.parameters() if p.dim() > 1)
+        autocast = self.settings.bf16 and torch.float32 in set(weights)
+        self._bare_loss = CausalLMLoss(self.model, bf16=autocast)
+        self.loss: nn.Module
+        self.optimizer: AcceleratedOptimizer
+        self.loss, self.optimizer = self.accelerator.prepare(self._bare_loss, optimizer)
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def train(self, checkpoint: Path | None = None) -> Outcome:
+        """Run to the last step, or to whatever stops the run before.
+
+        Args:
+            checkpoint: where to continue from.
+
+        Raises:
+            RunError: the loss or a gradient is not finite, or a checkpoint could not be written.
+            Interrupted: a signal came; a checkpoint was written.
+            InputError: the checkpoint is not this run's.
+        """
+        set_seed(self.settings.seed, device_specific=True)
+        if checkpoint is not None:
+            resume.load(self, checkpoint)
+        began = time.perf_counter()
+        try:
+            self._call("on_train_begin")
+            self.model.train()
+            self._logged_at, self._logged_tokens = began, self.progress.tokens
+            for window in self._remaining_windows():
+                signal_number = self._step(window)
+                self._after_step(signal_number)
+        finally:
+            self._call("on_train_end")
+        if self.settings.load_best_model_at_end and self.progress.best_step is not None:
+            state.load_trained(self.model, self.folder / f"checkpoint-{self.progress.best_step}")
+        progress = self.progress
+        seconds = time.perf_counter() - began
+        return Outcome(progress.step, progress.best_step, progress.best_value, self.metrics, self.stopped, seconds)
+
+    def stop(self, reason: str) -> None:
+        """End training after this step (callbacks call it)."""
+        self.stopped = reason
+
+    def is_better(self, value: float, than: float, threshold: float = 0.0) -> bool:
+        """Whether a value of the metric beats another by more than `threshold`."""
+        if self.metric == "eval_token_accuracy":
+            return value > than + threshold
+        return value < than - threshold
+
+    def _windows(self, epoch: int) -> list[Window]:
+        return training_windows(self.train_data, self.settings, epoch, world_size=self.world_size, rank=self.rank)
+
+    def _remaining_windows(self) -> Iterator[Window]:
+        """The windows from where the run stands to its last step, over the epochs."""
+        while self.progress.step < self.total_steps:
+            for window in self._windows(self.progress.epoch)[self.progress.window :]:
+                if self.progress.step >= self.total_steps or self.stopped:
+                    return
+                yield window
+
+    def _step(self, window: Window) -> int:
+        """Forward and backward over the window's batches, then one optimizer step.
+
+        Returns:
+            The signal any process received, or 0.
+        """
+        indices = [index for batch in window for index in batch]
+        labels = int(self._gather([float(self._counts[indices].sum())]).sum())
+        losses = []
+        for number, batch in enumerate(window, start=1):
+            last = number == len(window)
+            self.accelerator.sync_gradients = last
+            with nullcontext() if last else self.accelerator.no_sync(self.loss):
+                loss = self.loss(self._batch(self.train_data, batch))
+                # Processes average their gradients; the loss is a sum over all of them.
+                self.accelerator.backward(loss * (self.world_size / labels))
+            losses.append(loss.detach())
+        norm = get_total_norm([p.grad for p in self.trainable if p.grad is not None])
+        sums = self._gather([torch.stack(losses).sum(), float(self._lengths[indices].sum()), self.received_signal()])
+        loss_sum, tokens = float(sums[:, 0].sum()), int(sums[:, 1].sum())
+        self._require_finite(loss_sum, float(norm), losses, window)
+        if self.settings.max_grad_norm:
+            clip_grads_with_norm_(self.trainable, self.settings.max_grad_norm, norm)
+        learning_rate = float(self.scheduler.get_last_lr()[0])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self._advance(loss_sum, labels, tokens)
+        self._report(learning_rate, float(norm))
+        return int(sums[:, 2].max())
+
+    def _advance(self, loss_sum: float, labels: int, tokens: int) -> None:
+        progress = self.progress
+        progress.step, progress.window = progress.step + 1, progress.window + 1
+        if progress.window == self.steps_per_epoch:
+            progress.epoch, progress.window = progress.epoch + 1, 0
+        progress.tokens += tokens
+        progress.loss_sum += loss_sum
+        progress.label_count += labels
+
+    def _report(self, learning_rate: float, norm: float) -> None:
+        progress, now = self.progress, time.perf_counter()
+        report = StepReport(
+            step=progress.step,
+            epoch=round(progress.epoch + progress.window / self.steps_per_epoch, 4),
+            loss=progress.loss_sum / progress.label_count,
+            lr=learning_rate,
+            grad_norm=norm,
+            tokens=progress.tokens,
+            tokens_per_second=round((progress.tokens - self._logged_tokens) / max(now - self._logged_at, 1e-9), 1),
+            memory=peak_memory(),
+        )
+        self._call("on_step", report)
+        if progress.step % self.settings.logging_steps == 0 or progress.step == self.total_steps:
+            self._call("on_log", report.row())
+            progress.loss_sum, progress.label_count = 0.0, 0
+            self._logged_at, self._logged_tokens = now, progress.tokens
+
+    def _after_step(self, signal_number: int) -> None:
+        """Evaluate, save, stop: whatever is due."""
+        settings, last = self.settings, self.progress.step >= self.total_steps
+        improved = False
+        if self.eval_data is not None and (last or self._due(settings.eval_strategy, settings.eval_steps)):
+            improved = self._evaluate_and_compare()
+        last = last or self.stopped is not None
+        keep_best = improved and settings.load_best_model_at_end
+        if signal_number or last or keep_best or self._due(settings.save_strategy, settings.save_steps):
+            resume.save(self)
+        if signal_number and not last:
+            raise Interrupted(
+                signal_number, f"stopped by a signal after step {self.progress.step}; continue with --resume auto"
+            )
+
+    def _due(self, strategy: str, every: int) -> bool:
+        if strategy == "epoch":
+            return self.progress.window == 0
+        return strategy == "steps" and self.progress.step % every == 0
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def evaluate(self, data: TokenDataset) -> dict[str, float]:
+        """Mean loss, perplexity and share of supervised tokens predicted right. Logits are never gathered."""
+        scores = torch.zeros(3, dtype=torch.float64)
+        size = self.settings.per_device_eval_batch_size
+        self.model.eval()
+        with torch.no_grad():
+            for indices in evaluation_batches(data.lengths, size, world_size=self.world_size, rank=self.rank):
+                scores += self._bare_loss(self._batch(data, indices), score=True).cpu()
+        self.model.train()
+        loss_sum, correct, count = self._gather(scores.tolist()).sum(0).tolist()
+        mean = loss_sum / count
+        if not math.isfinite(mean):
+            raise RunError(f"the evaluation loss at step {self.progress.step} is {mean}; nothing was saved")
+        return {
+            "eval_loss": mean,
+            "eval_perplexity": math.exp(min(mean, 700.0)),
+            "eval_token_accuracy": correct / count,
+        }
+
+    def _evaluate_and_compare(self) -> bool:
+        """Evaluate, tell the callbacks, and say whether this is the best step so far."""
+        assert self.eval_data is not None
+        began, progress = time.perf_counter(), self.progress
+        self.metrics = self.evaluate(self.eval_data)
+        self._logged_at += time.perf_counter() - began  # evaluation doesn't count against tokens a second
+        value = self.metrics[self.metric]
+        improved = progress.best_value is None or self.is_better(value, progress.best_value)
+        if improved:
+            progress.best_step, progress.best_value = progress.step, value
+        self._call("on_log", {"step": progress.step, **self.metrics})
+        self._call("on_evaluate", self.metrics)
+        return improved
+
+    # -- details ------------------------------------------------------------------------------------------------------
+
+    def _batch(self, data: TokenDataset, indices: list[int]) -> dict[str, Tensor]:
+        return to_batch(data, indices, self.pad_token_id, self.accelerator.device)
+
+    def _gather(self, values: Sequence[float | Tensor]) -> Tensor:
+        """[processes, values] float32 on the CPU."""
+        row = torch.stack([torch.as_tensor(value, device=self.accelerator.device).float() for value in values])
+        return self.accelerator.gather(row.unsqueeze(0)).cpu()
+
+    def _require_finite(self, loss_sum: float, norm: float, losses: list[Tensor], window: Window) -> None:
+        """Stop at the first loss or gradient that isn't a number, before it reaches a parameter or the disk."""
+        if math.isfinite(loss_sum) and math.isfinite(norm):
+            return
+        where = [
+            f"batch {number} of process {self.rank} (samples {', '.join(map(str, batch))}) has loss {float(loss)}"
+            for number, (batch, loss) in enumerate(zip(window, losses, strict=True), start=1)
+            if not math.isfinite(float(loss))
+        ]
+        gradients = [
+            f"the gradient of {name} is not finite"
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+        ]
+        found = gather_object(where) or gather_object(gradients[:3])
+        raise RunError(
+            f"step {self.progress.step + 1}: the loss or its gradient is not finite: {'; '.join(found)}. "
+            "Nothing was saved since the last checkpoint; a lower training.learning_rate often helps"
+        )
+
+    def _call(self, event: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *arguments)

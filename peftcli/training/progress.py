@@ -1,0 +1,80 @@
+"""What a run shows while it trains: one bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch  # noqa: TID253
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from peftcli.training.callbacks import Callback, StepReport
+
+if TYPE_CHECKING:
+    from peftcli.training.loop import Trainer
+
+
+def peak_memory() -> int:
+    """Most bytes this process has held so far: on the GPU where there is one, else resident in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class ProgressBar(Callback):
+    """Loss, learning rate, gradient norm, tokens a second, peak memory and the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        if not self.console.is_terminal:
+            return
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}", markup=False),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task = self.bar.add_task(
+            "training", total=trainer.total_steps, completed=trainer.progress.step, figures=""
+        )
+        self.bar.start()
+
+    def on_step(self, trainer: Trainer, report: StepReport) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=report.step, figures=_figures(report.row()))
+
+    def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        is_evaluation = "eval_loss" in row
+        if self.bar is None or is_evaluation:
+            figures = _metrics(row) if is_evaluation else _figures(row)
+            self.console.print(f"step {row['step']}/{trainer.total_steps}  {figures}", markup=False, highlight=False)
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _figures(row: dict[str, Any]) -> str:
+    return (
+        f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  grad {row['grad_norm']:.3f}  "
+        f"{row['tokens_per_second']:,.0f} tok/s  {row['memory'] / 1e9:.2f} GB"
+    )
+
+
+def _metrics(row: dict[str, Any]) -> str:
+    return (
+        f"eval loss {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.3f}  "
+        f"token accuracy {row['eval_token_accuracy']:.1%}"
+    )

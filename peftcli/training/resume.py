@@ -1,0 +1,95 @@
+"""Writing a trainer into a checkpoint and back, and the proof that it is the same run."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import gather_object  # noqa: TID253
+
+from peftcli.errors import InputError
+from peftcli.training import checkpoints, state
+
+if TYPE_CHECKING:
+    from peftcli.training.loop import Trainer
+
+MUST_NOT_CHANGE = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length", "seed", "data_seed",
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "optim",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "loraplus_lr_ratio", "bf16",
+)  # fmt: skip
+"""Settings that a resumed run has to share with the one it continues."""
+
+
+def save(trainer: Trainer) -> Path:
+    """Write `checkpoint-<step>`, then delete those that `save_total_limit` leaves no room for.
+
+    Raises:
+        RunError: a tensor isn't finite, or the disk is full or fails. Nothing half-written is left.
+    """
+    progress = trainer.progress
+    random_states = gather_object([state.random_states()])
+    if trainer.accelerator.is_main_process:
+        trained = state.trained_tensors(trainer.model)
+        moments, plain = state.split_optimizer(trainer.optimizer.optimizer, trainer.names)
+        content = {
+            "progress": asdict(progress),
+            "identity": identity(trainer),
+            "optimizer": plain,
+            "scheduler": trainer.scheduler.state_dict(),
+            "callbacks": {type(callback).__name__: callback.state_dict() for callback in trainer.callbacks},
+            "random": random_states,
+        }
+        # The trained tensors are written twice: as they are, and in the adapter's own form.
+        needed = sum(tensor.nbytes for tensor in [*trained.values(), *trained.values(), *moments.values()])
+        with checkpoints.new_checkpoint(trainer.folder, progress.step, trainer.manifest, needed=needed) as folder:
+            state.save_tensors(trained, folder / state.TRAINABLE)
+            state.save_tensors(moments, folder / state.OPTIMIZER)
+            state.write_trainer(folder, content)
+            if trainer.export is not None:
+                trainer.export(folder)
+        kept = {progress.step} if progress.best_step is None else {progress.step, progress.best_step}
+        checkpoints.rotate(trainer.folder, trainer.settings.save_total_limit, kept)
+    trainer.accelerator.wait_for_everyone()
+    return trainer.folder / f"checkpoint-{progress.step}"
+
+
+def load(trainer: Trainer, folder: Path) -> None:
+    """Bring a fresh trainer to where it stood when it wrote the checkpoint.
+
+    Raises:
+        InputError: the checkpoint is another run's, or nothing is left to train.
+    """
+    content = state.read_trainer(folder)
+    state.require_same(content["identity"], identity(trainer), folder)
+    progress = state.Progress(**content["progress"])
+    if progress.step >= trainer.total_steps:
+        raise InputError(
+            f"has done {progress.step} of {trainer.total_steps} steps: nothing is left to train",
+            place=folder,
+            fix="raise training.num_train_epochs or training.max_steps",
+        )
+    state.load_trained(trainer.model, folder)
+    state.join_optimizer(trainer.optimizer.optimizer, trainer.names, folder, content["optimizer"])
+    trainer.scheduler.load_state_dict(content["scheduler"])
+    best = trainer.folder / f"checkpoint-{progress.best_step}"
+    if progress.best_step is not None and (reason := checkpoints.damage(best)):
+        warnings.warn(f"{best}, the best step so far, is lost ({reason}); the best is sought anew", stacklevel=2)
+        progress.best_step = progress.best_value = None
+    trainer.progress = progress
+    for callback in trainer.callbacks:
+        callback.load_state_dict(content["callbacks"].get(type(callback).__name__, {}))
+    state.set_random_states(content["random"][trainer.rank])
+
+
+def identity(trainer: Trainer) -> dict[str, Any]:
+    """What a resumed run must share with this one."""
+    settings = trainer.settings.model_dump(mode="json")
+    data = trainer.train_data
+    return {
+        **{f"training.{name}": settings[name] for name in MUST_NOT_CHANGE},
+        "processes": trainer.world_size,
+        "data.train": state.fingerprint(data.input_ids, data.supervised, data.offsets),
+    }
