@@ -1,0 +1,212 @@
+"""Data sources to tokenised data sets in the run folder: done once, in the front process, before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from peftcli.data.encoder import Encoder
+from peftcli.data.formats import FORMATS, detect, parse_row
+from peftcli.data.part import Part
+from peftcli.data.report import DataReport, PartReport, SourceReport, audit, choose_pad, warnings
+from peftcli.data.sources import read_source
+from peftcli.data.tokens import TokenDataset
+from peftcli.errors import InputError, printable
+from peftcli.lazy import numpy as np
+
+if TYPE_CHECKING:
+    from peftcli.data.readers import Row
+    from peftcli.data.tokens import Sample
+    from peftcli.recipe.schema import DataSection, DataSource
+
+Progress: TypeAlias = Callable[[str, int], None]
+"""Called with a source's path and the number of its rows done."""
+
+ROWS_PER_REPORT = 100
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokenised data and what is known about it."""
+
+    train: TokenDataset
+    eval: TokenDataset | None
+    report: DataReport
+
+
+def prepare(
+    data: DataSection,
+    tokenizer: Any,
+    *,
+    folder: Path,
+    seed: int,
+    vocab_size: int | None = None,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Read, check and tokenise everything; write `train.safetensors`, `eval.safetensors` and `report.json`.
+
+    Args:
+        data: the recipe's section, paths absolute.
+        tokenizer: a transformers tokenizer with a fast backend.
+        folder: an existing folder; nothing is written to it unless all is well.
+        seed: decides which samples are held out, and which are taken by a fractional `weight`.
+        vocab_size: rows of the model's embedding; a token beyond them is refused.
+        progress: is told how far it got.
+
+    Raises:
+        InputError: the first row or file that can't be used as it is, or data of which nothing is left to learn.
+    """
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise InputError(
+            f"the tokenizer's vocabulary has {tokenizer.vocab_size} tokens, but the model embeds only {vocab_size}",
+            field="model.name_or_path",
+            fix="use the tokenizer the model was trained with",
+        )
+    encoder = Encoder(tokenizer, data.loss_on)
+    read = _Reader(data, encoder, bool(tokenizer.chat_template), progress).read
+    generator = np.random.default_rng(seed)
+    train, held_out = read("train", data.train, ("train",)), None
+    if isinstance(data.eval, tuple):
+        held_out = read("eval", data.eval, ("validation", "test"))
+    elif data.eval is not None:
+        train, held_out = train.split(data.eval.split, generator)
+    for part in (train, held_out):
+        if part is not None:
+            part.repeat_by_weight(generator)
+            _check_ids(part.dataset, tokenizer, vocab_size)
+    prepared = Prepared(
+        train.dataset,
+        held_out.dataset if held_out else None,
+        _report(train, held_out, encoder, tokenizer, choose_pad(tokenizer, vocab_size)),
+    )
+    _write(prepared, folder)
+    return prepared
+
+
+def _check_ids(dataset: TokenDataset, tokenizer: Any, vocab_size: int | None) -> None:
+    highest = int(dataset.input_ids.max())
+    if vocab_size is not None and highest >= vocab_size:
+        raise InputError(
+            f"the data holds the token {printable(tokenizer.convert_ids_to_tokens(highest))!r} with id {highest}, but "
+            f"the model embeds only {vocab_size} tokens",
+            field="model.name_or_path",
+            fix="use the tokenizer the model was trained with, or leave the token out of the data",
+        )
+
+
+def _report(train: Part, held_out: Part | None, encoder: Encoder, tokenizer: Any, pad_token_id: int) -> DataReport:
+    sources = [*train.sources]
+    if held_out and held_out.sources is not train.sources:
+        sources += held_out.sources
+    duplicates = train.duplicates + (held_out.duplicates if held_out else 0)
+    known = set(train.digests)
+    overlap = sum(digest in known for digest in held_out.digests) if held_out else 0
+    return DataReport(
+        train=PartReport.of(train.dataset, train.duplicates, train.sources),
+        eval=PartReport.of(held_out.dataset, held_out.duplicates, held_out.sources) if held_out else None,
+        overlap=overlap,
+        pad_token_id=pad_token_id,
+        audit=audit(encoder.notes, tokenizer, pad_token_id, sources),
+        warnings=list(warnings(encoder.notes, sources, duplicates, overlap)),
+    )
+
+
+def _write(prepared: Prepared, folder: Path) -> None:
+    prepared.train.save(folder / "train.safetensors")
+    (folder / "eval.safetensors").unlink(missing_ok=True)  # of an earlier run that this one overwrites
+    if prepared.eval is not None:
+        prepared.eval.save(folder / "eval.safetensors")
+    prepared.report.save(folder / "report.json")
+
+
+class _Reader:
+    """Reads the sources of one part after another with the same settings."""
+
+    def __init__(self, data: DataSection, encoder: Encoder, has_template: bool, progress: Progress | None) -> None:
+        self._data, self._encoder, self._has_template, self._progress = data, encoder, has_template, progress
+
+    def read(self, name: str, sources: tuple[DataSource, ...], splits: tuple[str, ...]) -> Part:
+        """All samples of the training or evaluation data.
+
+        Raises:
+            InputError: a source without rows, a row that can't be used, samples that are too long (`overflow: error`),
+                or no sample left; `field` names the part.
+        """
+        part = Part(name)
+        part.dataset = TokenDataset.from_samples(
+            sample for source in sources for sample in self._samples(part, source, splits)
+        )
+        part.refuse_overlong(self._data.max_length)
+        if not len(part.dataset):
+            raise part.nothing_left()
+        return part
+
+    def _samples(self, part: Part, source: DataSource, splits: tuple[str, ...]) -> Iterator[Sample]:
+        """The samples of one source, noted in `part` as they pass."""
+        report = SourceReport(source.path)
+        part.sources.append(report)
+        part.weights.append(source.weight)
+        place = f"data.{part.name}"
+        try:
+            for row in read_source(source, splits):
+                if not report.rows:
+                    self._settle(report, source, row)
+                report.rows += 1
+                yield from self._samples_of_row(part, report, row)
+                if self._progress and report.rows % ROWS_PER_REPORT == 0:
+                    self._progress(source.path, report.rows)
+        except InputError as error:
+            field = f"{place}: {error.field}" if error.field else place
+            raise InputError(
+                error.problem, place=error.place, field=field, allowed=error.allowed, fix=error.fix
+            ) from error
+        if not report.rows:
+            raise InputError("is empty: it has no rows", place=source.path, field=place)
+        if self._progress:
+            self._progress(source.path, report.rows)
+
+    def _settle(self, report: SourceReport, source: DataSource, row: Row) -> None:
+        """Format and form of a source, by its first row."""
+        named = source.format or self._data.format
+        report.format = detect(row.values, row.place) if named == "auto" else named
+        format = FORMATS[report.format]
+        report.ignored_columns = sorted(set(row.values) - {*format.required, *format.optional})
+        optional = format.template == "optional" and self._data.apply_chat_template and self._has_template
+        report.templated = format.template == "always" or optional
+
+    def _samples_of_row(self, part: Part, report: SourceReport, row: Row) -> Iterator[Sample]:
+        example = parse_row(report.format, row.values, row.place, report.templated)
+        samples = self._encoder.encode(example, row.place)
+        if not samples:
+            report.blank += 1
+            return
+        digest = blake2b(b"|".join(ids.tobytes() for ids, _ in samples), digest_size=16).digest()
+        kept = [piece for sample in samples for piece in self._fitting(part, report, sample, row.place)]
+        if kept:
+            part.add_row(digest, len(kept))
+            report.samples += len(kept)
+        yield from kept
+
+    def _fitting(self, part: Part, report: SourceReport, sample: Sample, place: str) -> list[Sample]:
+        """`sample` if it is short enough, or what `overflow` makes of it."""
+        ids, supervised = sample
+        longest, overflow = self._data.max_length, self._data.overflow
+        if len(ids) <= longest:
+            return [sample]
+        if overflow == "error":
+            part.note_overlong(len(ids), place)
+            return []
+        if overflow == "drop":
+            report.too_long += 1
+            return []
+        report.truncated += 1
+        starts = range(0, len(ids), longest) if overflow == "split" else [0]
+        pieces = [(ids[start : start + longest], supervised[start : start + longest].copy()) for start in starts]
+        for _, mask in pieces:
+            mask[0] = False  # nothing predicts the first token of a sample
+        kept = [piece for piece in pieces if piece[1].any()]
+        report.unlabelled += len(pieces) - len(kept)
+        return kept

@@ -1,0 +1,117 @@
+"""Where rows come from: a file, a folder of files, or a data set on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftcli.data.readers import READERS, ROWS_PER_BATCH, Row, is_data_file, read_file
+from peftcli.errors import InputError, printable
+
+if TYPE_CHECKING:
+    from peftcli.recipe.schema import DataSource
+
+SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
+"""Split -> how names of its files begin."""
+_NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # beside saved data sets
+
+
+def read_source(source: DataSource, splits: tuple[str, ...]) -> Iterator[Row]:
+    """The rows of one source with its columns renamed to those of its format, at most `max_samples`.
+
+    Args:
+        source: from the recipe; its path is absolute, or the name of a data set on the hub.
+        splits: the splits to take if the source names none, best first.
+
+    Raises:
+        InputError: anything that cannot be read as it is.
+    """
+    for number, row in enumerate(_rows(source, splits)):
+        if number == source.max_samples:
+            return
+        yield _renamed(row, source.columns) if source.columns else row
+
+
+def _rows(source: DataSource, splits: tuple[str, ...]) -> Iterator[Row]:
+    path = Path(source.path)
+    if path.is_dir():
+        for file in _files(path, source.split, splits):
+            yield from read_file(file)
+    elif path.is_absolute() or path.exists() or is_data_file(path):
+        yield from read_file(path)
+    else:
+        yield from _hub_rows(source, splits)
+
+
+def _renamed(row: Row, columns: dict[str, str]) -> Row:
+    for column, theirs in columns.items():
+        if theirs not in row.values:
+            raise InputError(
+                f"has no column {printable(theirs)!r}, which `columns` names for `{printable(column)}`",
+                place=row.place,
+                allowed=printable(", ".join(row.values)),
+            )
+    rest = {name: value for name, value in row.values.items() if name not in columns.values()}
+    return Row(row.place, rest | {column: row.values[theirs] for column, theirs in columns.items()})
+
+
+def _files(folder: Path, split: str | None, splits: tuple[str, ...]) -> list[Path]:
+    """The data files of a folder that belong to the split; all of them if their names tell no splits."""
+    entries = sorted(folder.rglob("*"))
+    scripts = [entry for entry in entries if entry.suffix == ".py"]
+    if scripts:
+        raise InputError(
+            "is a loading script (.py); data sets are never run as code",
+            place=scripts[0],
+            fix="convert the data set to JSON Lines or Parquet",
+        )
+    # A dangling or circular link is kept, so that reading it says what it is.
+    files = [entry for entry in entries if is_data_file(entry) and not entry.is_dir() and entry.name not in _NOT_ROWS]
+    if not files:
+        raise InputError("is a folder without data files", place=folder, allowed=" ".join(READERS))
+    of_split: dict[str, list[Path]] = {}
+    for file in files:
+        of_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)
+    if split is None and len(of_split) == 1:
+        return files
+    found = next((name for name in ((split,) if split else splits) if name in of_split), None)
+    if found is None:
+        raise InputError(
+            f"has no files of the split {printable(split or splits[0])!r}",
+            place=folder,
+            allowed=", ".join(sorted(name or "(files that name no split)" for name in of_split)),
+        )
+    return of_split[found]
+
+
+def _split_of(file: Path) -> str:
+    """`train` for `train.jsonl`, `train-00000-of-00002.parquet` and `train/part-0.parquet`; empty if no name tells."""
+    for part in file.parts:
+        word = part.lower().replace("_", "-").split(".")[0].split("-")[0]
+        for split, beginnings in SPLITS.items():
+            if word in beginnings:
+                return split
+    return ""
+
+
+def _hub_rows(source: DataSource, splits: tuple[str, ...]) -> Iterator[Row]:
+    """Rows of a hub data set, taken as Arrow so that images and audio are never decoded."""
+    import datasets
+
+    try:
+        available = datasets.get_dataset_split_names(source.path, source.name)
+        wanted = (source.split,) if source.split else splits
+        split = next((name for name in wanted if name in available), wanted[0])
+        table = datasets.load_dataset(source.path, source.name, split=split).with_format("arrow")
+    except Exception as error:  # the hub library raises whatever its network and file layers do
+        raise InputError(
+            f"is no file or folder here, and can't be loaded as a data set of the hub: {printable(error)}",
+            place=source.path,
+            fix="check the path (it starts in the recipe's folder), the name, the configuration and the split",
+        ) from error
+    number = 0
+    for batch in table.iter(ROWS_PER_BATCH):
+        for values in batch.to_pylist():
+            number += 1
+            yield Row(f"{source.path}[{split}]: row {number}", values)
