@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from peftcli.errors import InputError, printable
 
+MAX_JSON_BYTES = 8 << 20
 MAX_DIGITS = 40  # of an integer in JSON; 2**64 has 20, and Python needs quadratic time for thousands
 
 
@@ -52,6 +53,22 @@ def read_bounded(path: Path, limit: int) -> bytes:
     if len(raw) > limit:
         raise InputError(f"is larger than {limit:,} bytes", place=path)
     return raw
+
+
+def read_strict_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object from a file that nobody vouches for: UTF-8, no duplicate keys, no NaN, bounded size and depth.
+
+    Raises:
+        InputError: naming the file and what is wrong with it.
+    """
+    raw = read_bounded(path, limit)
+    try:
+        values = parse_json(raw)
+    except ValueError as error:
+        raise InputError(f"is {error}", place=path) from error
+    if not isinstance(values, dict):
+        raise InputError(f"holds {type(values).__name__}, not an object", place=path)
+    return values
 
 
 def parse_json(raw: bytes) -> Any:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from peftcli.errors import InputError, InputErrors, nearest, printable
-from peftcli.files import parse_json, read_bounded
+from peftcli.files import read_strict_json
 
 if TYPE_CHECKING:
     from peftcli.adapters.registry import Method
 
 CONFIG_NAME = "adapter_config.json"
-MAX_CONFIG_BYTES = 8 << 20
+MAX_NAME = 4096  # of a base model; the longest path Linux takes
 
 Config = TypeVar("Config", bound="PeftConfig")
 
@@ -125,6 +125,10 @@ class PeftConfig:
 
     def validate(self) -> None:
         """Check fields against each other; called before an adapter is attached. Methods extend it."""
+        for name in ("base_model_name_or_path", "revision"):
+            fault = name_fault(getattr(self, name) or "")
+            if fault:
+                raise InputError(fault, field=name, allowed="the id of a model on the hub, or a folder")
 
     def variant(self) -> Method | None:
         """Another adapter class than the registry's, where a field asks for one (DoRA)."""
@@ -188,18 +192,6 @@ def read_config(path: Path) -> PeftConfig:
     return build_config(config_class(peft_type, place=path), values, place=path)
 
 
-def read_strict_json(path: Path, *, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """A JSON object from a file that nobody vouches for: UTF-8, no duplicate keys, no NaN, bounded size and depth."""
-    raw = read_bounded(path, limit)
-    try:
-        values = parse_json(raw)
-    except ValueError as error:
-        raise InputError(f"is {error}", place=path) from error
-    if not isinstance(values, dict):
-        raise InputError(f"holds {type(values).__name__}, not an object", place=path)
-    return values
-
-
 def build_config(cls: type[Config], values: dict[str, Any], *, place: str | Path) -> Config:
     """Check `values` against the annotations of `cls` and build it. Unknown keys are refused unless they hold nothing."""
     known = {item.name for item in fields(cls)}
@@ -242,7 +234,8 @@ def _field_problem(name: str, value: Any, error: Any, place: str | Path) -> Inpu
     """Pydantic's reasons, one a line at most, without its links and class names."""
     reasons: list[str] = []
     for item in error.errors(include_url=False, include_context=False, include_input=False)[:6]:
-        where = ".".join(str(part) for part in item["loc"] if not isinstance(part, str) or "[" not in part)
+        keys = value if isinstance(value, dict) else ()  # pydantic also names the member of a union it tried
+        where = ".".join(str(part) for part in item["loc"] if isinstance(part, int) or part in keys)
         reason = item["msg"] + (f" (at {where})" if len(where) > 0 and where != name else "")
         if reason not in reasons:
             reasons.append(reason)
@@ -266,6 +259,17 @@ def _field_adapters(cls: type[PeftConfig]) -> dict[str, Any]:
             return TypeAdapter(annotation)
 
     return {item.name: adapter(hints[item.name]) for item in fields(cls)}
+
+
+def name_fault(name: str) -> str | None:
+    """Why a name from a file can be neither a folder nor a hub id, or None. What it names is not looked at."""
+    if len(name) > MAX_NAME:
+        return f"is {len(name):,} characters long"
+    if "\0" in name:
+        return f"{printable(repr(name))} holds a NUL character"
+    if name.startswith(("-", "~")):
+        return f"{printable(repr(name))} starts like an option or a home folder, which it can't be"
+    return None
 
 
 def _plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ from peftcli.files import open_regular, parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_DIMENSIONS = 64  # torch's limit
+MAX_NAME = 512  # characters; a module's path has a hundred at most
 MAX_PROBLEMS = 100
 
 BITS = {
@@ -150,6 +151,8 @@ def _fix(first: bytes) -> str | None:
 
 def _tensor(name: str, entry: Any, data_start: int) -> TensorInfo:
     """One entry of the header, checked on its own; ValueError says what is wrong."""
+    if len(name) > MAX_NAME:
+        raise ValueError(f"has a name of more than {MAX_NAME} characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError("is no object of `dtype`, `shape` and `data_offsets`")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from peftcli.adapters.header import BITS, TensorFile, TensorInfo
+from peftcli.adapters.header import BITS, MAX_NAME, TensorFile, TensorInfo
 from peftcli.adapters.pickle_program import StoredTensor, run_pickle
 from peftcli.errors import InputError, printable
 from peftcli.files import open_regular
@@ -94,6 +94,8 @@ def _flat_dict(state: Any) -> dict[str, StoredTensor]:
     if not isinstance(state, dict):
         raise ValueError(f"it holds a {type(state).__name__}, not a dict of tensors")
     for name, value in state.items():
+        if len(name) > MAX_NAME:
+            raise ValueError(f"it has a name of {len(name):,} characters")
         if not isinstance(value, StoredTensor):
             raise ValueError(f"its entry {printable(name)!r} is a {type(value).__name__}, not a tensor")
     return state

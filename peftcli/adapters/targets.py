@@ -1,17 +1,19 @@
 """Which modules a config means: names, expressions, layer numbers, `all-linear`, and the usual ones of a model type.
 
 Works on names alone (no torch), so a plan, a file check and a live model ask the same code. Expressions come from files
-that nobody vouches for: they run through the `regex` package with a time limit.
+that nobody vouches for: see `expressions.py`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.resources import files
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from peftcli.adapters.expressions import fullmatch
 from peftcli.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -19,32 +21,11 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-EXPRESSION_SECONDS = 2.0  # for one expression on one name; honest ones take microseconds
 MAX_LISTED = 40
+MAX_EXPRESSIONS = 1000  # in one rank_pattern: each costs a match on every module
+PLAIN_NAME = re.compile(r"[\w.]*")
 DUMMY_TARGET_MODULES = "dummy-target-modules"
 """PEFT's word for an adapter that adapts nothing (it then only carries modules_to_save)."""
-
-
-def fullmatch(pattern: str, name: str, *, field: str) -> bool:
-    """Whether the regular expression matches the whole name.
-
-    Raises:
-        InputError: if the expression is broken, or too slow to be an honest one.
-    """
-    import regex
-
-    try:
-        return regex.fullmatch(pattern, name, timeout=EXPRESSION_SECONDS) is not None
-    except regex.error as error:
-        raise InputError(
-            f"{printable(pattern)!r} is not a regular expression: {error}",
-            field=field,
-            fix="a list of module names needs no expression",
-        ) from error
-    except TimeoutError as error:
-        raise InputError(
-            f"the expression {printable(pattern)!r} takes exponential time on {printable(name)!r}", field=field
-        ) from error
 
 
 def matches(names: Iterable[str] | str, module: str, *, field: str) -> bool:
@@ -57,9 +38,21 @@ def matches(names: Iterable[str] | str, module: str, *, field: str) -> bool:
 
 
 def pattern_value(pattern: Mapping[str, Value], module: str, default: Value, *, field: str = "rank_pattern") -> Value:
-    """The value of the first key that names the module: by its ending, or as an expression for such an ending."""
+    """The value of the first key that names the module: by its ending, or as an expression for such an ending.
+
+    Raises:
+        InputError: if an expression is broken, too slow, or there are too many of them.
+    """
+    expressions = 0
     for key, value in pattern.items():
-        if module == key or module.endswith(f".{key}") or fullmatch(rf"(.*\.)?({key})", module, field=field):
+        if module == key or module.endswith(f".{key}"):
+            return value
+        if PLAIN_NAME.fullmatch(key):  # its dots are meant as dots
+            continue
+        expressions += 1
+        if expressions > MAX_EXPRESSIONS:
+            raise InputError(f"holds more than {MAX_EXPRESSIONS:,} expressions", field=field)
+        if fullmatch(rf"(.*\.)?({key})", module, field=field):
             return value
     return default
 

@@ -1,0 +1,134 @@
+"""Is an adapter folder what its config says? Answered from the config, the file's header and its bytes, without torch.
+
+Compared with what the method states (`Adapter.tensors`): tensors that are missing, unexpected, of the wrong shape or
+dtype, not finite, or never trained. The base model's sizes are used if the base is on this machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftcli.adapters.audit_copies import check_copies
+from peftcli.adapters.audit_modules import Contents, check_modules, sort_out
+from peftcli.adapters.audit_values import check_values
+from peftcli.adapters.base_facts import BaseFacts, find_base, read_base
+from peftcli.adapters.config import CONFIG_NAME, PeftConfig, TunerConfig, read_config
+from peftcli.adapters.findings import Findings
+from peftcli.adapters.fit import Fit
+from peftcli.adapters.header import TensorFile, TensorInfo, read_header
+from peftcli.adapters.pickle_header import read_pickle_header
+from peftcli.adapters.values import Values
+from peftcli.errors import InputError, InputErrors, printable
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an adapter folder holds and what is wrong with it.
+
+    Attributes:
+        folder: the adapter's folder.
+        config: its config.
+        file: its weights' header.
+        base: the base model's facts, if it is on this machine.
+        modules: what was made out of each adapted module's tensors, by its path.
+        copies: tensors of what is trained in full (`modules_to_save`, biases, embeddings), by key.
+        values: what each float tensor's values look like, by key.
+        errors: what makes the adapter unusable or wrong.
+        doubts: what deserves a look.
+    """
+
+    folder: Path
+    config: PeftConfig
+    file: TensorFile
+    base: BaseFacts | None
+    modules: dict[str, Fit]
+    copies: dict[str, TensorInfo]
+    values: dict[str, Values]
+    errors: list[InputError]
+    doubts: list[InputError]
+
+
+def audit_folder(folder: Path, *, base: Path | None = None) -> Audit:
+    """Check an adapter folder.
+
+    Args:
+        folder: holds `adapter_config.json` and the weights.
+        base: the base model's folder; looked for by the name in the config otherwise.
+
+    Raises:
+        InputErrors: if config or weights can't be read at all; everything else is reported in the result.
+    """
+    weights = locate(folder)
+    config, file = _read_both(folder / CONFIG_NAME, weights)
+    findings = Findings(weights)
+    facts = _read_facts(config, folder, base, findings)
+    contents = Contents({}, {}, [])
+    fits: dict[str, Fit] = {}
+    copies: dict[str, TensorInfo] = {}
+    if isinstance(config, TunerConfig):
+        contents = sort_out(file, config, findings)
+        try:
+            fits = check_modules(config, contents, facts, findings)
+        except InputError as error:  # an expression in the config that is broken or too slow
+            findings.add(error, folder / CONFIG_NAME)
+        copies = check_copies(config, contents.others, fits, facts, findings, folder)
+    values = check_values(file, contents, fits, findings)
+    return Audit(folder, config, file, facts, fits, copies, values, findings.errors, findings.doubts)
+
+
+def locate(folder: Path) -> Path:
+    """The weights of an adapter folder: safetensors, or else the `.bin` (which then is looked at, never unpickled).
+
+    Raises:
+        InputError: if the folder, its config or the weights are missing; names the sub-folder that holds an adapter.
+    """
+    if not folder.is_dir():
+        raise InputError("is a file, not an adapter's folder" if folder.exists() else "does not exist", place=folder)
+    if not _lexists(folder / CONFIG_NAME):
+        below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+        fix = f"the sub-folder {', '.join(map(printable, below[:5]))} holds an adapter" if below else None
+        raise InputError(f"holds no {CONFIG_NAME}", place=folder, fix=fix)
+    found = [folder / name for name in (WEIGHTS_NAME, PICKLE_NAME) if _lexists(folder / name)]
+    if not found:
+        raise InputError(f"holds no weights: neither {WEIGHTS_NAME} nor {PICKLE_NAME}", place=folder)
+    return found[0]
+
+
+def _lexists(path: Path) -> bool:
+    return path.is_symlink() or path.exists()
+
+
+def _read_both(config_path: Path, weights: Path) -> tuple[PeftConfig, TensorFile]:
+    """Config and header; what is wrong with either is told at once."""
+    problems: list[InputError] = []
+    config = file = None
+    try:
+        config = read_config(config_path)
+    except InputError as error:
+        problems.append(error)
+    try:
+        file = read_pickle_header(weights) if weights.name == PICKLE_NAME else read_header(weights)
+        if not file.tensors:
+            problems.append(InputError("holds no tensors", place=weights))
+    except InputError as error:
+        problems.append(error)
+    if problems or config is None or file is None:
+        raise problems[0] if len(problems) == 1 else InputErrors(problems)
+    return config, file
+
+
+def _read_facts(config: PeftConfig, folder: Path, base: Path | None, findings: Findings) -> BaseFacts | None:
+    found = base or find_base(config.base_model_name_or_path, config.revision, beside=folder)
+    if found is None:
+        return None
+    try:
+        return read_base(found)
+    except InputError as error:
+        if base is not None:
+            raise
+        findings.doubt(f"the base it names can't be read: {error.problem}")
+        return None

@@ -1,0 +1,188 @@
+"""The tensors an adapter keeps at the modules it adapts: are they all there, and of the right shape?"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from peftcli.adapters.base import Adapter, SiteShape, TensorSpec
+from peftcli.adapters.base_facts import BaseFacts
+from peftcli.adapters.config import TunerConfig
+from peftcli.adapters.findings import Findings
+from peftcli.adapters.fit import KINDS, PROBE_IN, PROBE_OUT, Fit, Found, fit
+from peftcli.adapters.header import TensorFile, TensorInfo
+from peftcli.adapters.keys import PREFIX, Key, take_apart
+from peftcli.adapters.registry import adapter_class
+from peftcli.adapters.targets import default_targets, layer_index, matches
+from peftcli.errors import InputError, printable
+
+NAMES_LOOK_LIKE = f"names look like `{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight`"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """An adapter file's tensors, sorted by what their names say.
+
+    Attributes:
+        modules: the method's tensors at each adapted module, by its path.
+        shared: the method's tensors kept once a model.
+        others: all else.
+    """
+
+    modules: dict[str, Found]
+    shared: Found
+    others: list[tuple[Key, TensorInfo]]
+
+
+def sort_out(file: TensorFile, config: TunerConfig, findings: Findings) -> Contents:
+    """Sort a file's tensors by their names; names that are not as they should be are reported."""
+    parameters = _parameter_names(adapter_class(config), config)
+    modules: dict[str, Found] = defaultdict(dict)
+    shared: Found = {}
+    others = []
+    for tensor in file.tensors.values():
+        key = take_apart(tensor.name, parameters)
+        for fault in key.faults:
+            findings.error(fault, _ascii(tensor.name), fix=NAMES_LOOK_LIKE)
+        if not key.is_method:
+            others.append((key, tensor))
+            continue
+        found = modules[key.module] if key.module else shared
+        if key.parameter in found:
+            findings.error("stands for the same tensor as another name in the file", _ascii(tensor.name))
+        found[key.parameter] = tensor
+    return Contents(dict(modules), shared, others)
+
+
+def _ascii(name: str) -> str:
+    """A name with look-alikes of other alphabets escaped, so that they show."""
+    return name if name.isascii() else name[:2000].encode("ascii", "backslashreplace").decode()
+
+
+def _parameter_names(cls: type[Adapter], config: TunerConfig) -> set[str]:
+    """Every name the method may give a tensor, at whatever kind of module."""
+    names: set[str] = set()
+    for kind in KINDS:
+        if kind in cls.kinds:
+            names |= cls(config, SiteShape("probe", kind, PROBE_IN, PROBE_OUT)).tensors().keys()
+    return names
+
+
+def check_modules(
+    config: TunerConfig, contents: Contents, base: BaseFacts | None, findings: Findings
+) -> dict[str, Fit]:
+    """Check the tensors at each module against what the method states.
+
+    Returns:
+        What was made out of each module.
+
+    Raises:
+        InputError: if an expression of the config is broken or takes too long.
+    """
+    cls = adapter_class(config)
+    fits = {}
+    for path, found in contents.modules.items():
+        site = path.replace("base_layer.", "").removesuffix(".base_layer")
+        candidates = base.shapes(site) if base else []
+        fits[path] = option = fit(cls, config, site, found, candidates)
+        cause = _not_meant(config, site, base)
+        if cause:
+            for tensor in found.values():
+                findings.error(cause, _ascii(tensor.name))
+        else:
+            _check_tensors(option, path, found, findings)
+    if base is not None and base.tensors:
+        _check_presence(config, contents, base, findings)
+    _check_shared(fits, contents.shared, findings)
+    return fits
+
+
+def _check_tensors(option: Fit, path: str, found: Found, findings: Findings) -> None:
+    for name in option.specs.keys() - found.keys():
+        findings.error(f"`{name}` is missing", f"{PREFIX}{path}.{name}")
+    for name, tensor in found.items():
+        spec = option.specs.get(name)
+        if spec is None:
+            if name not in option.adapter.obsolete:
+                findings.error("does not belong beside the module's other tensors", _ascii(tensor.name))
+        elif len(spec.shape) != len(tensor.shape) or (option.exact and spec.shape != tensor.shape):
+            findings.error(_wrong_shape(option, name, spec, tensor), _ascii(tensor.name))
+
+
+def _wrong_shape(option: Fit, name: str, spec: TensorSpec, tensor: TensorInfo) -> str:
+    """What is wrong with a shape, in the words of the config where it is the rank."""
+    is_, meant = list(tensor.shape), list(spec.shape)
+    if not option.exact:
+        return f"is {is_}; {len(meant)} dimensions are meant"
+    rank = getattr(option.adapter, "r", None)
+    if len(is_) == len(meant):
+        wrong = [(have, want) for have, want in zip(is_, meant, strict=True) if have != want]
+        if rank is not None and all(want == rank for _, want in wrong):
+            return f"is {is_}, not {meant}: r is {rank} in the config, {wrong[0][0]} in {name}"
+        if is_ == meant[::-1]:
+            return f"is {is_}, not {meant}: stored transposed"
+    return f"is {is_}, not {meant}"
+
+
+def _check_shared(fits: dict[str, Fit], shared: Found, findings: Findings) -> None:
+    """Tensors kept once a model: present if a module's method says they are saved."""
+    expected = {
+        name
+        for option in fits.values()
+        for name, spec in option.adapter.tensors().items()
+        if spec.shared and spec.saved
+    }
+    for name in expected - shared.keys():
+        findings.error("is missing", f"base_model.{name}")
+
+
+# -- which modules are meant ----------------------------------------------------------------------------------------
+
+
+def _not_meant(config: TunerConfig, site: str, base: BaseFacts | None) -> str | None:
+    """Why the config does not mean a module that has tensors, or None if it does."""
+    targets = config.target_modules
+    if targets is None and base is not None:
+        targets = default_targets(config.peft_type, base.model_type)
+    if targets is not None and not config.is_all_linear and not matches(targets, site, field="target_modules"):
+        return f"belongs to a module that `target_modules` does not name: {_listed(targets)}"
+    if config.exclude_modules and matches(config.exclude_modules, site, field="exclude_modules"):
+        return f"belongs to a module that `exclude_modules` takes out: {_listed(config.exclude_modules)}"
+    wanted = config.layers_to_transform
+    if wanted is not None:
+        wanted = [wanted] if isinstance(wanted, int) else wanted
+        index = layer_index(site, config.layers_pattern)
+        if index not in wanted:
+            return f"lies in layer {index}, but `layers_to_transform` is {printable(wanted, 100)}"
+    return None
+
+
+def _listed(names: set[str] | list[str] | str) -> str:
+    if isinstance(names, str):
+        return printable(repr(names), 200)
+    shown = sorted(names)[:10]
+    return printable(", ".join(shown), 200) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _check_presence(config: TunerConfig, contents: Contents, base: BaseFacts, findings: Findings) -> None:
+    """Modules of the base that the config means and the file says nothing about, and the other way round."""
+    sites = {path.replace("base_layer.", "").removesuffix(".base_layer") for path in contents.modules}
+    strangers = [site for site in sites if base.find(f"{site}.weight") is None and not base.shapes(site)]
+    for site in sorted(strangers):
+        findings.doubt(f"is no module of the base {printable(base.folder.name)}", _ascii(site))
+    if strangers:  # the model names its modules otherwise than its checkpoint: nothing can be missed
+        return
+    leaves = {site.rpartition(".")[2] for site in sites}
+    for module in _meant(config, base):
+        if module not in sites and module.rpartition(".")[2] in leaves:
+            findings.error("is meant by the config, but has no tensors in the file", f"{PREFIX}{module}")
+
+
+def _meant(config: TunerConfig, base: BaseFacts) -> Iterator[str]:
+    for module in base.modules():
+        try:
+            if base.shapes(module) and _not_meant(config, module, base) is None:
+                yield module
+        except InputError:  # an expression that takes too long on this name; the adapter's own were checked
+            return

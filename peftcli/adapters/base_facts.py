@@ -1,0 +1,149 @@
+"""What is known about a base model without loading it: its config and the names and shapes of its weights.
+
+Names come from adapter files, so a base is only ever looked at: a folder's `config.json` and safetensors headers are
+read strictly; nothing is downloaded, imported or executed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftcli.adapters.base import SiteShape
+from peftcli.adapters.header import TensorInfo, read_header
+from peftcli.adapters.values import FLOATS
+from peftcli.errors import InputError, printable
+from peftcli.files import read_strict_json
+
+MAX_INDEX_BYTES = 64 << 20
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+STORED_TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+"""Model types whose linear layers are Conv1D: the weight is stored [in, out]."""
+
+HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """A base model's config and tensors.
+
+    Attributes:
+        folder: where they were read.
+        config: `config.json`.
+        tensors: by name in the checkpoint; empty where the weights aren't safetensors.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def model_type(self) -> str | None:
+        value = self.config.get("model_type")
+        return value if isinstance(value, str) else None
+
+    def number(self, *names: str) -> int | None:
+        """The first of some whole numbers that the config (or its `text_config`) holds."""
+        inner = self.config.get("text_config")
+        for values in (self.config, inner if isinstance(inner, dict) else {}):
+            for name in names:
+                if type(values.get(name)) is int:
+                    return int(values[name])
+        return None
+
+    def find(self, name: str) -> TensorInfo | None:
+        """A tensor by its name in the model. Checkpoints may leave out the outermost names (`transformer.h.0` -> `h.0`)."""
+        parts = name.split(".")
+        candidates = (".".join(parts[start:]) for start in range(max(1, len(parts) - 1)))
+        tied = self.tensors.get("model.embed_tokens.weight") if self.config.get("tie_word_embeddings") else None
+        found = next((self.tensors[item] for item in candidates if item in self.tensors), None)
+        return found or (tied if name == "lm_head.weight" else None)
+
+    def shapes(self, module: str) -> list[SiteShape]:
+        """What a module may be, judged by its weight: a matrix is a linear layer or an embedding. [] where unknown."""
+        packed = self.find(f"{module}.in_proj_weight")
+        weight = packed or self.find(f"{module}.weight")
+        if weight is None or weight.dtype not in FLOATS or len(weight.shape) < 2:
+            return []
+        out_features, in_features, *kernel = weight.shape
+        bias = self.find(f"{module}.bias") is not None
+        if packed:
+            return [SiteShape(module, "attention", in_features, out_features, has_bias=bias)]
+        if kernel:
+            return [SiteShape(module, "conv", in_features, out_features, tuple(kernel), has_bias=bias)]
+        embedding = SiteShape(module, "embedding", out_features, in_features)
+        if self.model_type in STORED_TRANSPOSED and not module.endswith("lm_head"):
+            out_features, in_features = in_features, out_features
+        return [SiteShape(module, "linear", in_features, out_features, has_bias=bias), embedding]
+
+    def modules(self) -> list[str]:
+        """Modules with a weight that is at least a matrix, in the file's order."""
+        return [
+            name.removesuffix(".weight")
+            for name, tensor in self.tensors.items()
+            if name.endswith(".weight") and len(tensor.shape) > 1
+        ]
+
+
+def find_base(name: str | None, revision: str | None, *, beside: Path) -> Path | None:
+    """The folder of the base an adapter names, if it is on this machine: a folder, or a model in the hub's cache.
+
+    Args:
+        name: `base_model_name_or_path`.
+        revision: its revision on the hub.
+        beside: the adapter's folder; relative names are tried from here and from the current folder.
+    """
+    if not name:
+        return None
+    for candidate in (Path(name), beside / name):
+        if _is_file(candidate / "config.json"):
+            return candidate
+    if HUB_ID.fullmatch(name) is None:
+        return None
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    cached = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub") / f"models--{name.replace('/', '--')}"
+    revision = revision if revision and HUB_ID.fullmatch(revision) else "main"
+    reference = cached / "refs" / revision
+    commit = reference.read_text(encoding="utf-8").strip()[:64] if _is_file(reference) else revision
+    folder = cached / "snapshots" / commit
+    return folder if _is_file(folder / "config.json") else None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or with characters no path can have
+        return False
+
+
+def read_base(folder: Path) -> BaseFacts:
+    """Config and tensor headers of a base model's folder.
+
+    Raises:
+        InputError: if a file that is there can't be read or is not what its name says.
+    """
+    config = read_strict_json(folder / "config.json")
+    tensors: dict[str, TensorInfo] = {}
+    for name in _weight_files(folder):
+        tensors |= read_header(folder / name).tensors
+    return BaseFacts(folder, config, tensors)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if _is_file(folder / WEIGHTS):
+        return [WEIGHTS]
+    if not _is_file(folder / INDEX):
+        return []
+    index = read_strict_json(folder / INDEX, limit=MAX_INDEX_BYTES)
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise InputError("maps something else than tensors to files", place=folder / INDEX, field="weight_map")
+    names = sorted(set(shards.values()))
+    for name in names:
+        if Path(name).name != name or name.startswith("."):
+            raise InputError(f"{printable(name)!r} is no plain file name", place=folder / INDEX, field="weight_map")
+    return names

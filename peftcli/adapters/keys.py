@@ -1,0 +1,89 @@
+"""Names of tensors in an adapter file: what a well-written one looks like, and what usually went wrong with others.
+
+`base_model.model.` + the module's path in the base + the method's own name, the adapter's name left out:
+`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+PREFIX = "base_model.model."
+SHARED_PREFIX = "base_model."
+
+WRAPPERS = {
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "_orig_mod": "torch.compile",
+}
+"""Names that wrapping a model puts anywhere into its tensors' names."""
+
+PLAIN = re.compile(r"[\x21-\x7e]+")
+
+
+@dataclass(frozen=True)
+class Key:
+    """A tensor's name, taken apart.
+
+    Attributes:
+        name: as it stands in the file.
+        module: path of the module in the wrapped model; empty for tensors kept once a model.
+        parameter: the method's own name (`lora_A.weight`), or the last part of any other tensor.
+        is_method: whether `parameter` is one of the method's.
+        faults: what is wrong with the name, each in words.
+    """
+
+    name: str
+    module: str
+    parameter: str
+    is_method: bool
+    faults: tuple[str, ...] = ()
+
+    @property
+    def site(self) -> str:
+        """Path of the module in the base model: without the names that wrapping modules put into it."""
+        return ".".join(part for part in self.module.split(".") if part != "base_layer")
+
+
+def take_apart(name: str, parameters: Iterable[str]) -> Key:
+    """Take a name apart, however it is written.
+
+    Args:
+        name: from the file, untrusted.
+        parameters: the method's own names, e.g. `lora_A.weight`.
+    """
+    faults = []
+    if PLAIN.fullmatch(name) is None:
+        faults.append("has characters that do not belong into a name")
+    path = name
+    for wrapper, author in WRAPPERS.items():
+        if f"{wrapper}." in path:
+            faults.append(f"still carries `{wrapper}.`, left there by {author}")
+            path = path.replace(f"{wrapper}.", "")
+    for head in ("", SHARED_PREFIX, PREFIX):
+        if path.startswith(f"{head}module."):
+            faults.append("still carries `module.`, left there by DistributedDataParallel")
+            path = head + path.removeprefix(f"{head}module.")
+    known = sorted(parameters, key=len, reverse=True)
+    if path in known or path.removeprefix(SHARED_PREFIX) in known:
+        return Key(name, "", path.removeprefix(SHARED_PREFIX), True, tuple(faults))
+    if not path.startswith(PREFIX):
+        faults.append(f"lacks the prefix `{PREFIX}`")
+    return _split(name, path.removeprefix(PREFIX), known, faults)
+
+
+def _split(name: str, path: str, known: list[str], faults: list[str]) -> Key:
+    """The module and the parameter of a path in the base model."""
+    for parameter in known:
+        if path.endswith(f".{parameter}"):
+            return Key(name, path.removesuffix(f".{parameter}"), parameter, True, tuple(faults))
+    for parameter in known:  # `lora_A.default.weight`: the adapter's name after the first part
+        first, _, last = parameter.partition(".")
+        match = re.fullmatch(rf"(.+)\.{re.escape(first)}\.([^.]+){re.escape('.' + last if last else '')}", path)
+        if match:
+            faults = [*faults, f"still carries the adapter's name `.{match[2][:60]}.`"]
+            return Key(name, match[1], parameter, True, tuple(faults))
+    module, _, parameter = path.rpartition(".")
+    return Key(name, module, parameter, False, tuple(faults))
