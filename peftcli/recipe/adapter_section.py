@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
+from typing import Any, Final, Literal
 
 from pydantic import InstanceOf, ValidationError, model_serializer, model_validator
 from pydantic.json_schema import SkipJsonSchema
@@ -56,7 +56,7 @@ class AdapterSection(Section):
                 allowed=", ".join(allowed),
                 fix=str(nearest(method, allowed)) or None,
             )
-            raise _refused([problem], values)
+            raise _refused(VALUE, [problem])
         config = _config(None if method == FULL else config_class(method.upper()), given)
         return {"method": method, "config": config}
 
@@ -76,15 +76,14 @@ def settable(cls: type[PeftConfig]) -> Iterator[str]:
 def _config(cls: type[PeftConfig] | None, given: dict[str, Any]) -> PeftConfig | None:
     """The config of a method, or None for `full`, which has no fields."""
     known = list(settable(cls)) if cls else []
-    problems = [_unknown(name, known, cls) for name in given if name not in known]
+    unknown = [_unknown(name, known, cls) for name in given if name not in known]
+    if unknown:
+        raise _refused(NAME, unknown)
     if cls is None:
-        if problems:
-            raise _refused(problems, given)
         return None
-    accepted = {name: value for name, value in given.items() if name in known}
-    problems += field_problems(cls, accepted, place="")
+    problems = field_problems(cls, given, place="")
     if not problems:
-        config = cls(**accepted)
+        config = cls(**given)
         try:
             config.validate()
             _check_targets(config)
@@ -93,7 +92,7 @@ def _config(cls: type[PeftConfig] | None, given: dict[str, Any]) -> PeftConfig |
             problems = error.problems
         except InputError as error:
             problems = [error]
-    raise _refused(problems, given)
+    raise _refused(VALUE, problems)
 
 
 def _check_targets(config: PeftConfig) -> None:
@@ -115,15 +114,20 @@ def _unknown(name: str, known: list[str], cls: type[PeftConfig] | None) -> Input
     return InputError(owner, field=name, fix=str(nearest(name, known)) or None)
 
 
-def _refused(problems: list[InputError], given: dict[str, Any]) -> ValidationError:
+NAME: Final = "adapter_field_name"
+VALUE: Final = "adapter_field_value"
+"""Types of our errors in pydantic's list: about a field's name, about its value."""
+
+
+def _refused(kind: Literal["adapter_field_name", "adapter_field_value"], problems: list[InputError]) -> ValidationError:
     """The problems as pydantic's own error, so that they join those of the other sections."""
     details = [
         InitErrorDetails(
             type=PydanticCustomError(
-                "adapter", "{problem}", {"problem": item.problem, "allowed": item.allowed, "fix": item.fix}
+                kind, "{problem}", {"problem": item.problem, "allowed": item.allowed, "fix": item.fix}
             ),
             loc=(item.field,) if item.field else (),
-            input=given.get(item.field or ""),
+            input=None,
         )
         for item in problems
     ]

@@ -9,7 +9,7 @@ from typing import get_args
 from peftcli.errors import nearest, printable
 from peftcli.recipe.adapter_section import AdapterSection, settable
 from peftcli.recipe.nodes import Location, dotted
-from peftcli.recipe.schema import Recipe
+from peftcli.recipe.schema import DataSource, Recipe
 from peftcli.recipe.section import Section
 
 MIN_SPELLING = 3  # a shorter name is no misspelling of anything
@@ -44,8 +44,8 @@ def _foreign() -> dict[str, tuple[str, str]]:
 
 @cache
 def sections() -> dict[str, type[Section]]:
-    """The recipe's sections by name; `adapter` is left out, since its fields are the method's."""
-    found: dict[str, type[Section]] = {"": Recipe}
+    """The parts of a recipe by dotted name; `adapter` is left out, since its fields are the method's."""
+    found: dict[str, type[Section]] = {"": Recipe, "data.train": DataSource, "data.eval": DataSource}
     for name, item in Recipe.model_fields.items():
         for cls in (item.annotation, *get_args(item.annotation)):
             if isinstance(cls, type) and issubclass(cls, Section) and cls is not AdapterSection:
@@ -54,7 +54,7 @@ def sections() -> dict[str, type[Section]]:
 
 
 def _children(above: Location) -> list[str]:
-    section = sections().get(dotted(above))
+    section = sections().get(dotted(step for step in above if isinstance(step, str)))
     return list(section.model_fields) if section else []
 
 
@@ -65,6 +65,8 @@ def _homes() -> dict[str, list[str]]:
 
     homes: dict[str, list[str]] = {}
     for section, cls in sections().items():
+        if cls is DataSource:
+            continue  # its names (path, name, split) mean something else everywhere else
         for name in cls.model_fields:
             homes.setdefault(name, []).append(f"{section}.{name}" if section else name)
     for name in ("method", *settable(config_class("LORA"))):

@@ -37,6 +37,7 @@ def _value(text: str, origin: Origin) -> Node:
         if node is not None:
             return node
     try:
+        yaml12.refuse_control_characters(text)
         return Node(yaml12.resolve(text), origin, key_place=origin.name)
     except ValueError as error:
         raise InputError(str(error), place=origin.name) from None

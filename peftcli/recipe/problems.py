@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from peftcli.errors import InputError, nearest, printable
+from peftcli.recipe.adapter_section import NAME
 from peftcli.recipe.hints import hint
 from peftcli.recipe.nodes import Location, Node, dotted
 from peftcli.recipe.redact import redact
 from peftcli.recipe.schema import SOURCES_TAG, SPLIT_TAG
 
-MAX_PROBLEMS = 20
+MAX_PROBLEMS = 19  # and a line about the rest: as many as InputErrors shows
 
 _ALLOWED = {
     "string_type": "a string",
@@ -81,8 +82,9 @@ def _problem(location: Location, group: list[Any], root: Node) -> InputError:
     if kind == "extra_forbidden":
         return InputError("unknown field", place=node.key_place, field=printable(name), fix=hint(location))
     if "problem" in context:
-        place = node.key_place if "no such field" in context["problem"] and node.key_place else node.place
-        fix = context.get("fix") or (hint(location) if "no such field" in context["problem"] else None)
+        about_name = kind == NAME
+        place = node.key_place if about_name else node.place
+        fix = context.get("fix") or (hint(location) if about_name else None)
         return InputError(context["problem"], place=place, field=name or None, allowed=context.get("allowed"), fix=fix)
     allowed = list(dict.fromkeys(_allowed(item) for item in group))
     shown = printable(redact(repr(node.plain())), 80)

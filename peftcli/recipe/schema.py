@@ -22,6 +22,9 @@ Format = Literal[
 ]
 
 
+MAX_SOURCES = 1000
+
+
 class ModelSection(Section):
     """The base model."""
 
@@ -98,6 +101,10 @@ def _sources(value: Any) -> Any:
     if not isinstance(value, (str, dict, list, tuple)):
         return value
     items = value if isinstance(value, (list, tuple)) else [value]
+    if not 1 <= len(items) <= MAX_SOURCES:
+        raise PydanticCustomError(
+            "sources", "{problem}", {"problem": f"names {len(items)} sources, not 1 to {MAX_SOURCES}"}
+        )
     return tuple({"path": item} if isinstance(item, str) else item for item in items)
 
 
@@ -111,7 +118,6 @@ def _is_split(value: Any) -> str:
 
 Sources = Annotated[
     tuple[DataSource, ...],
-    Field(min_length=1, max_length=1000),
     BeforeValidator(_sources, json_schema_input_type=str | DataSource | list[str | DataSource]),
 ]
 EvalData = Annotated[

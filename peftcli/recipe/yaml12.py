@@ -91,6 +91,13 @@ def resolve(text: str) -> Scalar:
     return text
 
 
+def refuse_control_characters(text: str) -> None:
+    """Raise ValueError if `text` holds a character that no name, path or number has."""
+    control = _NOT_TEXT.search(text)
+    if control:
+        raise ValueError(f"{printable(repr(text), 80)} holds the character U+{ord(control[0]):04X}")
+
+
 class _Composer:
     """Builds nodes from PyYAML's events and collects what is refused."""
 
@@ -164,13 +171,9 @@ class _Composer:
 
     def scalar(self, event: Any, location: Location) -> Scalar:
         text: str = event.value
-        control = _NOT_TEXT.search(text)
-        if control:
-            self.refuse(f"{printable(repr(text), 80)} holds the character U+{ord(control[0]):04X}", event, location)
-        if not event.implicit[0]:  # quoted
-            return text
         try:
-            return resolve(text)
+            refuse_control_characters(text)
+            return resolve(text) if event.implicit[0] else text  # a quoted scalar is text
         except ValueError as error:
             self.refuse(str(error), event, location)
             return None
