@@ -72,6 +72,18 @@ def embedding_tensors(attached: Attached) -> dict[str, Tensor]:
     return found
 
 
+def stored_tensors(attached: Attached, name: str) -> dict[str, Tensor]:
+    """Every stored tensor of one adapter, in the form its file has, by key."""
+    stored = owned_tensors(attached, name)
+    for path, layer in attached.layers():
+        if name in layer.adapters:
+            for slot, _ in layer.own_tensors(name):
+                stored.pop(f"{PREFIX}{path}.{slot.key}", None)
+            form = layer.adapters[name].stored(layer.tensors(name))
+            stored.update({f"{PREFIX}{path}.{key}": tensor for key, tensor in form.items()})
+    return stored
+
+
 def adapter_state_dict(
     attached: Attached, name: str, *, save_embedding_layers: bool | str = "auto"
 ) -> dict[str, Tensor]:
@@ -84,7 +96,7 @@ def adapter_state_dict(
             not the one the base's config names, i.e. tokens were added. (PEFT's `auto` also stores them whenever an
             embedding is adapted; that blows files up and nothing reads it.)
     """
-    state = owned_tensors(attached, name)
+    state = stored_tensors(attached, name)
     if save_embedding_layers is True or (save_embedding_layers == "auto" and _vocabulary_grew(attached, name)):
         state = embedding_tensors(attached) | state
     return {key: tensor.detach() for key, tensor in sorted(state.items())}
@@ -276,7 +288,7 @@ def save_adapter(
         raise InputErrors(InputError("holds NaN or infinity: not saved", place=folder, field=key) for key in broken)
     plain = {key: tensor.cpu().contiguous().clone() for key, tensor in state.items()}
     write_atomically(folder / WEIGHTS_NAME, save(plain, metadata={"format": "pt"}))
-    write_atomically(folder / CONFIG_NAME, attached.configs[name].to_json().encode())
+    write_atomically(folder / CONFIG_NAME, attached.configs[name].stored().to_json().encode())
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,7 @@ CONFIG_NAME = "adapter_config.json"
 MAX_NAME = 4096  # of a base model; the longest path Linux takes
 
 Config = TypeVar("Config", bound="PeftConfig")
+Nested = TypeVar("Nested")
 
 # Keys of later PEFT versions that say nothing about the maths.
 IGNORED_KEYS = frozenset({"peft_version"})
@@ -73,6 +74,9 @@ class PeftConfig:
     inert_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys of other versions that say nothing on their own (`qalora_group_size` without `use_qalora`)."""
 
+    absent: ClassVar[frozenset[str]] = frozenset()
+    """Fields of a base class that PEFT's config of this method does not have: not taken and not written."""
+
     is_prompt_learning: ClassVar[bool] = False
     prefix: ClassVar[str] = ""
     """What the names of this method's tensors start with."""
@@ -85,16 +89,15 @@ class PeftConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values; sets become sorted lists, so equal configs give equal text."""
-        values = {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+        values = {item.name: _plain(getattr(self, item.name)) for item in config_fields(type(self))}
         return {"peft_type": self.peft_type, **values}
 
     def to_saved_dict(self) -> dict[str, Any]:
         """What `adapter_config.json` holds: PEFT 0.13.0's keys, and later ones only where they say something."""
         values = self.to_dict()
         values["inference_mode"] = True
-        for item in fields(self):
-            default = item.default if item.default_factory is MISSING else item.default_factory()
-            unsaid = "since" in item.metadata and values[item.name] == _plain(default)
+        for item in config_fields(type(self)):
+            unsaid = "since" in item.metadata and values[item.name] == _plain(default_of(item))
             if unsaid or not item.metadata.get("saved", True):
                 del values[item.name]
         return values
@@ -123,14 +126,26 @@ class PeftConfig:
 
         return read_config(resolve_adapter_folder(folder) / CONFIG_NAME)
 
+    @classmethod
+    def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A file's values in today's terms, where PEFT changed what its keys mean. Methods extend it."""
+        return values
+
     def validate(self) -> None:
         """Check fields against each other; called before an adapter is attached. Methods extend it."""
         for name in ("base_model_name_or_path", "revision"):
             fault = name_fault(getattr(self, name) or "")
             if fault:
                 raise InputError(fault, field=name, allowed="the id of a model on the hub, or a folder")
+        for item in fields(self):
+            if item.name in self.absent and getattr(self, item.name) != default_of(item):
+                raise InputError(f"{type(self).__name__} has no such field", field=item.name)
 
-    def variant(self) -> Method | None:
+    def stored(self: Config) -> Config:
+        """The config that belongs to the tensors `Adapter.stored` gives."""
+        return self
+
+    def adapter_variant(self) -> Method | None:
         """Another adapter class than the registry's, where a field asks for one (DoRA)."""
         return None
 
@@ -148,6 +163,9 @@ class TunerConfig(PeftConfig):
         layers_pattern: name of the list those indices count in, where it is not the usual one.
     """
 
+    default_tables: ClassVar[dict[str, str]] = {"target_modules": "targets"}
+    """Fields that are filled in from the model's type when they are None, and their table in target_defaults.yaml."""
+
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = later(None, since="0.14")
     modules_to_save: list[str] | None = None
@@ -155,8 +173,8 @@ class TunerConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
 
     def __post_init__(self) -> None:
-        self.target_modules = _as_set(self.target_modules)
-        self.exclude_modules = _as_set(self.exclude_modules)
+        self.target_modules = as_set(self.target_modules)
+        self.exclude_modules = as_set(self.exclude_modules)
 
     def validate(self) -> None:
         super().validate()
@@ -177,6 +195,16 @@ class TunerConfig(PeftConfig):
         return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
 
+def config_fields(cls: type[PeftConfig]) -> list[Field[Any]]:
+    """The fields PEFT's config of a method has too."""
+    return [item for item in fields(cls) if item.name not in cls.absent]
+
+
+def default_of(item: Field[Any]) -> Any:
+    """A field's default value."""
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
 def read_config(path: Path) -> PeftConfig:
     """Read and check an `adapter_config.json` of any method.
 
@@ -189,12 +217,13 @@ def read_config(path: Path) -> PeftConfig:
     peft_type = values.get("peft_type")
     if not isinstance(peft_type, str):
         raise InputError(f"is {printable(peft_type)}, not a string", place=path, field="peft_type")
-    return build_config(config_class(peft_type, place=path), values, place=path)
+    cls = config_class(peft_type, place=path)
+    return build_config(cls, cls.upgrade(values), place=path)
 
 
 def build_config(cls: type[Config], values: dict[str, Any], *, place: str | Path) -> Config:
     """Check `values` against the annotations of `cls` and build it. Unknown keys are refused unless they hold nothing."""
-    known = {item.name for item in fields(cls)}
+    known = {item.name for item in config_fields(cls)}
     given = {name: value for name, value in values.items() if name in known}
     problems = [
         InputError(
@@ -215,6 +244,22 @@ def build_config(cls: type[Config], values: dict[str, Any], *, place: str | Path
     except InputError as error:
         raise InputError(error.problem, place=place, field=error.field, allowed=error.allowed, fix=error.fix) from None
     return config
+
+
+def build_nested(cls: type[Nested], values: dict[str, Any], *, field: str) -> Nested:
+    """A dataclass that is the value of a config's field (LoftQ's settings), checked as strictly as the config."""
+    known = {item.name for item in fields(cast(Any, cls))}
+    problems = [
+        InputError("unknown field", field=f"{field}.{name}", fix=str(nearest(name, known)) or None)
+        for name in values
+        if name not in known
+    ]
+    known_values = {name: value for name, value in values.items() if name in known}
+    for problem in field_problems(cast(Any, cls), known_values, place=""):
+        problems.append(InputError(problem.problem, field=f"{field}.{problem.field}"))
+    if problems:
+        raise problems[0] if len(problems) == 1 else InputErrors(problems)
+    return cls(**values)
 
 
 def field_problems(cls: type[PeftConfig], values: dict[str, Any], *, place: str | Path) -> list[InputError]:
@@ -286,7 +331,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _as_set(value: Any) -> Any:
+def as_set(value: Any) -> Any:
+    """A list as a set; anything else as it is."""
     return set(value) if isinstance(value, (list, tuple)) else value
 
 

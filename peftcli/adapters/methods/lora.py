@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
+from pydantic import Field
 
 from peftcli.adapters.base import LowRankAdapter, Tensors, TensorSpec, fill
-from peftcli.adapters.config import TunerConfig, later
+from peftcli.adapters.config import TunerConfig, build_nested, later
+from peftcli.adapters.initializers import start_factors, takes_start_from_base
 from peftcli.adapters.registry import Method
 from peftcli.adapters.targets import pattern_value
 from peftcli.errors import InputError
@@ -22,6 +24,25 @@ if TYPE_CHECKING:
     from peftcli.adapters.sites import Site
 
 Rank = Annotated[int, Ge(1), Le(1 << 20)]
+Alpha = Annotated[float, Gt(0)] | Annotated[int, Gt(0)]
+Init = (
+    bool
+    | Literal["gaussian", "orthogonal", "pissa", "olora", "loftq"]
+    | Annotated[str, Field(pattern=r"^pissa_niter_[0-9]{1,3}$")]
+)
+
+
+@dataclass
+class LoftQConfig:
+    """How LoftQ quantises.
+
+    Attributes:
+        loftq_bits: 2, 4 or 8.
+        loftq_iter: alternations between quantising and approximating.
+    """
+
+    loftq_bits: Literal[2, 4, 8] = 4
+    loftq_iter: Annotated[int, Ge(1), Le(100)] = 1
 
 
 @dataclass
@@ -36,7 +57,9 @@ class LoraConfig(TunerConfig):
         bias: which biases are trained: `none`, those of adapted modules (`lora_only`), or `all`.
         use_rslora: scale by alpha / sqrt(r).
         use_dora: split the weight into magnitude and direction (`dora.py`).
-        init_lora_weights: True (A Kaiming uniform, B zero), False (both random: for tests), `gaussian`, `orthogonal`.
+        init_lora_weights: True (A Kaiming uniform, B zero), False (both random: for tests), `gaussian`, `orthogonal`,
+            or a start taken from the base: `pissa`, `pissa_niter_<n>`, `olora`, `loftq` (see `initializers`).
+        loftq_config: bits and iterations of `loftq`.
         rank_pattern, alpha_pattern: r or alpha by module name or regular expression, where they differ.
         lora_bias: give lora_B a bias.
     """
@@ -46,26 +69,46 @@ class LoraConfig(TunerConfig):
     inert_keys = frozenset({"qalora_group_size"})
 
     r: Rank = 8
-    lora_alpha: Annotated[float, Gt(0)] | Annotated[int, Gt(0)] = 8
+    lora_alpha: Alpha = 8
     lora_dropout: Annotated[float, Ge(0), Le(1)] = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
-    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+    init_lora_weights: Init = True
     rank_pattern: dict[str, Rank] = field(default_factory=dict)
-    alpha_pattern: dict[str, Annotated[float, Gt(0)] | Annotated[int, Gt(0)]] = field(default_factory=dict)
+    alpha_pattern: dict[str, Alpha] = field(default_factory=dict)
     megatron_config: None = None
     megatron_core: str | None = "megatron.core"
-    loftq_config: dict[str, Any] = field(default_factory=dict)
+    loftq_config: LoftQConfig | dict[str, Any] = field(default_factory=dict)
     use_dora: bool = False
     layer_replication: None = None
     lora_bias: bool = later(False, since="0.14")
 
-    def variant(self) -> Method | None:
+    def adapter_variant(self) -> Method | None:
         return Method("dora", "LoraConfig", "Dora") if self.use_dora else None
+
+    def stored(self) -> LoraConfig:
+        """A start taken from the base is stored as plain LoRA of twice the rank at the same scaling."""
+        if not takes_start_from_base(self.init_lora_weights):
+            return self
+        factor = math.sqrt(2) if self.use_rslora else 2
+        return replace(
+            self,
+            init_lora_weights=True,
+            r=2 * self.r,
+            lora_alpha=factor * self.lora_alpha,
+            rank_pattern={key: 2 * r for key, r in self.rank_pattern.items()},
+            alpha_pattern={key: factor * alpha for key, alpha in self.alpha_pattern.items()},
+        )
 
     def validate(self) -> None:
         super().validate()
+        if isinstance(self.loftq_config, dict) and self.loftq_config:
+            self.loftq_config = build_nested(LoftQConfig, self.loftq_config, field="loftq_config")
+        if self.init_lora_weights == "loftq" and not self.loftq_config:
+            raise InputError(
+                "`loftq_config` must be specified when `init_lora_weights` is 'loftq'.", field="loftq_config"
+            )
         if self.lora_bias and self.bias != "none":
             raise InputError(f"`lora_bias=True` is not supported together with bias={self.bias!r}", field="lora_bias")
         if self.lora_bias and self.use_dora:
@@ -101,10 +144,11 @@ class Lora(LowRankAdapter):
         shape, r = self.shape, self.r
         out_features, in_features = shape.matrix
         if shape.kind == "embedding":
-            return {
+            specs = {
                 "lora_embedding_A": TensorSpec((r, in_features), "zeros"),
                 "lora_embedding_B": TensorSpec((out_features, r), "normal"),
             }
+            return specs | self._start_specs()
         ones = (1,) * len(shape.kernel)
         a_shape = (r, shape.in_features // shape.groups, *shape.kernel) if shape.kind == "conv" else (r, in_features)
         specs = {
@@ -113,12 +157,33 @@ class Lora(LowRankAdapter):
         }
         if self.config.lora_bias:
             specs["lora_B.bias"] = TensorSpec((out_features,), "zeros")
-        return specs
+        return specs | self._start_specs()
+
+    @property
+    def _keeps_start(self) -> bool:
+        return takes_start_from_base(self.config.init_lora_weights)
+
+    def _start_specs(self) -> dict[str, TensorSpec]:
+        """A0 and B0 [r, in], [out, r] as matrices, where the adapter starts from a part of the base."""
+        if not self._keeps_start:
+            return {}
+        out_features, in_features = self.shape.matrix
+        kept = {"trainable": False, "saved": False}
+        return {
+            "lora_A_start": TensorSpec((self.r, in_features), **kept),
+            "lora_B_start": TensorSpec((out_features, self.r), **kept),
+        }
 
     def initialize(self, p: Tensors) -> Tensor | None:
         how = self.config.init_lora_weights
         embedding = self.shape.kind == "embedding"
-        a, b = (p.lora_embedding_A, p.lora_embedding_B) if embedding else (p.lora_A, p.lora_B)
+        a, b = self._pair(p)
+        if self._keeps_start:
+            self.regenerate(p)
+            a.copy_(p.lora_A_start.reshape(a.shape))
+            b.copy_(p.lora_B_start.reshape(b.shape))
+        if how == "loftq":
+            return self._quantize(a, b)
         if how is False:  # a random update, so that a test sees the adapter
             fill(a if embedding else b, "normal" if embedding else "kaiming")
         elif how == "gaussian" and not embedding:
@@ -127,10 +192,49 @@ class Lora(LowRankAdapter):
             initialize_orthogonal(a, b)
         return None
 
-    def factors(self, p: Tensors) -> tuple[Tensor, Tensor]:
+    def regenerate(self, p: Tensors) -> Tensor | None:
+        if self._keeps_start:
+            a, b = start_factors(str(self.config.init_lora_weights), self.weight(), self.r, self.initial_scaling())
+            p.lora_A_start.copy_(a)
+            p.lora_B_start.copy_(b)
+        if self.config.init_lora_weights == "loftq":
+            a, b = (torch.empty_like(factor) for factor in self._pair(p))
+            return self._quantize(a, b)
+        return None
+
+    def _quantize(self, a: Tensor, b: Tensor) -> Tensor:
+        """LoftQ's start into A and B; returns the quantised weight that replaces the base's."""
+        from peftcli.adapters.initializers.loftq import loftq
+
+        how: Any = self.config.loftq_config
+        weight = self.weight()
+        quantized, a_start, b_start = loftq(weight, self.r, self.initial_scaling(), how.loftq_bits, how.loftq_iter)
+        a.copy_(a_start.reshape(a.shape))
+        b.copy_(b_start.reshape(b.shape))
+        return quantized.to(weight.dtype)
+
+    def _pair(self, p: Tensors) -> tuple[Tensor, Tensor]:
         if self.shape.kind == "embedding":
-            return p.lora_embedding_A, p.lora_embedding_B * self.scaling
-        return p.lora_A.flatten(1), p.lora_B.flatten(1) * self.scaling
+            return p.lora_embedding_A, p.lora_embedding_B
+        return p.lora_A, p.lora_B
+
+    def factors(self, p: Tensors) -> tuple[Tensor, Tensor]:
+        a, b = (factor.flatten(1) for factor in self._pair(p))
+        if self._keeps_start:
+            a, b = torch.cat([a, p.lora_A_start]), torch.cat([b, -p.lora_B_start], dim=1)
+        return a, b * self.scaling
+
+    def stored(self, p: Tensors) -> dict[str, Tensor]:
+        held = super().stored(p)
+        if self._keeps_start:
+            names = ("lora_embedding_A", "lora_embedding_B") if self.shape.kind == "embedding" else ("lora_A", "lora_B")
+            for key in held:
+                if key.startswith(names[0]):
+                    start = p.lora_A_start.reshape(held[key].shape)
+                    held[key] = torch.cat([held[key], start])
+                elif key.startswith(names[1]) and not key.endswith("bias"):
+                    held[key] = torch.cat([held[key], -p.lora_B_start.reshape(held[key].shape)], dim=1)
+        return held
 
     def activation(self, p: Tensors, x: Tensor, site: Site) -> Tensor | None:
         update = super().activation(p, x, site)

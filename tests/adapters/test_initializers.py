@@ -1,0 +1,165 @@
+"""Starts that are taken out of the base weight: what they promise about the base, the start and the saved form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from peftcli import LoraConfig, PeftModel, get_peft_model
+from peftcli.adapters.initializers.loftq import loftq, normal_float_levels, quantize_dequantize
+from peftcli.adapters.initializers.olora import olora
+from peftcli.adapters.initializers.pissa import pissa
+
+FROM_BASE = ["pissa", "pissa_niter_16", "olora"]
+
+
+def base() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 8))
+
+
+X = torch.linspace(-1, 1, 72).reshape(3, 24)
+
+
+def config(init: str | bool, **options: object) -> LoraConfig:
+    return LoraConfig(target_modules=["0", "2"], init_lora_weights=init, **{"r": 4, "lora_alpha": 6, **options})
+
+
+def trained(model: PeftModel) -> PeftModel:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def test_pissa_is_the_best_approximation_of_its_rank() -> None:
+    weight = torch.randn(16, 24) * torch.tensor([10.0, 8, 6, 4] + [0.5] * 12)[:, None]
+    a, b = pissa(weight, 4, scaling=1.5)
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    torch.testing.assert_close(1.5 * b @ a, (u[:, :4] * s[:4]) @ vh[:4])
+    quick_a, quick_b = pissa(weight, 4, scaling=1.5, iterations=20)
+    torch.testing.assert_close(quick_b @ quick_a, b @ a, atol=1e-3, rtol=1e-3)
+
+
+def test_olora_starts_orthonormal() -> None:
+    weight = torch.randn(16, 24)
+    a, b = olora(weight, 4, scaling=1.0)
+    torch.testing.assert_close(b.T @ b, torch.eye(4))
+    torch.testing.assert_close(b @ (b.T @ weight), b @ a, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("init", FROM_BASE)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_saved_as_plain_lora_of_twice_the_rank(init: str, rslora: bool, tmp_path: Path) -> None:
+    options = {"use_rslora": rslora, "rank_pattern": {"2": 2}, "alpha_pattern": {"0": 3}}
+    model = trained(get_peft_model(base(), config(init, **options)))
+    expected = model(X)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["init_lora_weights"] is True
+    assert (written["r"], written["rank_pattern"]) == (8, {"2": 4})
+    again = PeftModel.from_pretrained(base(), tmp_path)
+    torch.testing.assert_close(again(X), expected)
+
+
+@pytest.mark.parametrize("init", FROM_BASE)
+def test_the_base_stays_as_it_was(init: str) -> None:
+    """Another adapter beside it, and the bare base, are right: nothing was written over the weight."""
+    model = trained(get_peft_model(base(), config(init)))
+    with model.disable_adapter():
+        assert torch.equal(model(X), base()(X))
+    model.add_adapter("plain", config(True))
+    model.set_adapter("plain")
+    assert torch.equal(model(X), base()(X))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_raw_file_of_another_tool_gets_its_start_from_the_base(init: str, tmp_path: Path) -> None:
+    """PEFT writes A and B with `init_lora_weights: pissa` and takes the start out of the base when it loads them."""
+    model = trained(get_peft_model(base(), config(init)))
+    expected = model(X)
+    raw = config(init)
+    raw.save_pretrained(tmp_path)
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"base_model.model.{path}.{slot.key}": tensor.detach().clone()
+        for path, layer in model.base_model.attached.layers()
+        for slot, tensor in layer.own_tensors("default")
+        if slot.spec.saved
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    torch.testing.assert_close(PeftModel.from_pretrained(base(), tmp_path)(X), expected)
+
+
+def test_a_start_needs_a_rank_the_weight_has() -> None:
+    with pytest.raises(ValueError, match="rank 12"):
+        get_peft_model(base(), config("pissa", r=12))
+
+
+@pytest.mark.parametrize(("bits", "levels"), [(2, 4), (4, 16), (8, 256)])
+def test_normal_float_levels(bits: int, levels: int) -> None:
+    values = normal_float_levels(bits)
+    assert values.shape == (levels,)
+    assert values.min() == -1
+    assert values.max() == 1
+    assert 0 in values
+    assert torch.equal(values, values.sort().values)
+    weight = torch.randn(7, 33)
+    once = quantize_dequantize(weight, bits)
+    torch.testing.assert_close(quantize_dequantize(once, bits), once)
+
+
+def test_nf4_is_qlora_s() -> None:
+    """The sixteen values printed in appendix E of the QLoRA paper (2305.14314)."""
+    printed = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
+    printed += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
+    printed += [
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ]
+    torch.testing.assert_close(normal_float_levels(4), torch.tensor(printed), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("alpha", [4, 6])
+def test_loftq_comes_closer_than_quantising_alone(bits: int, alpha: int, tmp_path: Path) -> None:
+    model = get_peft_model(
+        base(), config("loftq", lora_alpha=alpha, loftq_config={"loftq_bits": bits, "loftq_iter": 3})
+    )
+    weight = base()[0].weight
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        ours = (layer.effective()[0] - weight).norm()
+        alone = (quantize_dequantize(weight, bits) - weight).norm()
+    assert ours < 0.9 * alone
+    torch.testing.assert_close(quantize_dequantize(layer.base_layer.weight, bits), layer.base_layer.weight.detach())
+    trained(model).save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(base(), tmp_path)(X), model(X))
+
+
+def test_loftq_needs_its_settings() -> None:
+    with pytest.raises(ValueError, match="loftq_config"):
+        get_peft_model(base(), config("loftq"))
+    with pytest.raises(ValueError, match="loftq_bits"):
+        LoraConfig.from_dict({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 3}, "target_modules": ["0"]})
+
+
+def test_loftq_with_more_iterations_is_no_worse() -> None:
+    weight = torch.randn(32, 64)
+
+    def error(iterations: int) -> float:
+        q, a, b = loftq(weight, 4, 1.0, 4, iterations)
+        return float((weight - q - b @ a).norm())
+
+    assert error(5) <= error(1) * 1.001
