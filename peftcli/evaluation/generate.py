@@ -1,0 +1,88 @@
+"""Greedy generation in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from peftcli.lazy import numpy as np
+from peftcli.lazy import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+StepProgress = Callable[[int, int], None]
+"""Called with how much is done, and out of how much."""
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[NDArray[np.int32]],
+    *,
+    end_tokens: list[int],
+    pad_token_id: int,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: StepProgress | None = None,
+) -> list[list[int]]:
+    """What a model writes after each prompt, always taking the likeliest token.
+
+    Prompts are padded on the left, as a decoder needs it, and batched by length, so little is padded.
+
+    Args:
+        model: has transformers' `generate`; in eval mode.
+        prompts: each [P] int32.
+        end_tokens: generation of a row ends with any of them.
+        pad_token_id: fills up; told from a prompt's own tokens by position.
+        max_new_tokens: a row ends there at the latest.
+        batch_size: prompts at a time.
+        progress: told how many prompts are done, and of how many.
+
+    Returns:
+        the new tokens of each prompt, in the order given, without the end token and what follows it.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+    written: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = _pad_left([prompts[index] for index in indices], pad_token_id)
+        width = batch["input_ids"].shape[1]
+        with torch.no_grad():
+            outputs = model.generate(
+                **{name: torch.from_numpy(column).to(model.device) for name, column in batch.items()},
+                generation_config=_greedy(end_tokens, pad_token_id, max_new_tokens),
+            )
+        for index, row in zip(indices, outputs[:, width:].tolist(), strict=True):
+            written[index] = _until(row, end_tokens)
+        if progress is not None:
+            progress(start + len(indices), len(order))
+    return written
+
+
+def _greedy(end_tokens: list[int], pad_token_id: int, max_new_tokens: int) -> Any:
+    """Greedy, also where the base's own generation_config.json asks for sampling, beams or penalties."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end_tokens,
+        pad_token_id=pad_token_id,
+    )
+
+
+def _pad_left(prompts: Sequence[NDArray[np.int32]], pad_token_id: int) -> dict[str, NDArray[np.int64]]:
+    shape = (len(prompts), max(map(len, prompts)))
+    input_ids, attention_mask = np.full(shape, pad_token_id, np.int64), np.zeros(shape, np.int64)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, shape[1] - len(prompt) :] = prompt
+        attention_mask[row, shape[1] - len(prompt) :] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _until(tokens: list[int], end_tokens: list[int]) -> list[int]:
+    """The tokens before the first end token."""
+    end = next((index for index, token in enumerate(tokens) if token in end_tokens), len(tokens))
+    return tokens[:end]

@@ -1,0 +1,138 @@
+"""What is to be evaluated: an adapter, the base it belongs to, and data in the form it was trained on."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcli.adapters.config import CONFIG_NAME, read_config
+from peftcli.errors import InputError
+from peftcli.recipe.adapter_section import FULL
+from peftcli.recipe.load import load_recipe
+from peftcli.recipe.schema import DataSection, DataSource, ModelSection, QuantizationSection, Recipe
+
+if TYPE_CHECKING:
+    from peftcli.data.tokens import TokenDataset
+
+RECIPE_NAME = "recipe.yaml"
+EVAL_DATA = Path("data") / "eval.safetensors"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An adapter and how to run it.
+
+    Args:
+        adapter: its folder, or its id on the hub.
+        model: the base.
+        quantization: of the base.
+        run: the run folder it was trained in, if it is known.
+        recipe: how it was trained, if that is known.
+    """
+
+    adapter: Path | str
+    model: ModelSection
+    quantization: QuantizationSection | None
+    run: Path | None
+    recipe: Recipe | None
+
+    @property
+    def bf16(self) -> bool:
+        """Whether it was trained under bfloat16 autocast."""
+        return self.recipe is not None and self.recipe.training.bf16
+
+    def load(self) -> tuple[Any, Any]:
+        """The base with its adapter, in eval mode, and the tokenizer."""
+        import torch
+
+        from peftcli import PeftModel
+        from peftcli.training.model import load_base, load_tokenizer
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        base = load_base(self.model, self.quantization, device=device, dtype=self.model.dtype)
+        return PeftModel.from_pretrained(base, self.adapter), load_tokenizer(self.model)
+
+    def data(
+        self, tokenizer: Any, path: str | None, *, format: str | None = None, max_samples: int | None = None
+    ) -> TokenDataset:
+        """The samples to evaluate on, tokenised as in training.
+
+        Args:
+            tokenizer: the base's.
+            path: a data file or folder; by default the evaluation data of the training run.
+            format: of that file, where it differs from the training data's.
+            max_samples: at most this many.
+
+        Raises:
+            InputError: no data, or data that can't be used.
+        """
+        from peftcli.data.prepare import prepare
+        from peftcli.data.tokens import TokenDataset
+
+        if path is None:
+            prepared = self.run / EVAL_DATA if self.run else None
+            if prepared is None or not prepared.is_file():
+                raise InputError(
+                    "the adapter brings no evaluation data", place=self.adapter, fix="name a file: --data FILE"
+                )
+            dataset = TokenDataset.load(prepared)
+            return dataset.select(range(min(len(dataset), max_samples or len(dataset))))
+        section = self._section(path, format, max_samples)
+        with tempfile.TemporaryDirectory(prefix="peft-eval-") as folder:
+            return prepare(section, tokenizer, folder=Path(folder), seed=0).train
+
+    def _section(self, path: str, format: str | None, max_samples: int | None) -> DataSection:
+        """The recipe's data section with `path` in place of its sources; columns and format are theirs."""
+        trained = self.recipe.data if self.recipe else None
+        first = trained.train[0] if trained else None
+        source = DataSource(
+            path=str(Path(path).resolve()) if Path(path).exists() else path,
+            format=format or (first.format if first else None),  # type: ignore[arg-type]
+            columns=first.columns if first and format is None else None,
+            max_samples=max_samples,
+        )
+        if trained is None:
+            return DataSection(train=(source,))
+        return trained.model_copy(update={"train": (source,), "eval": None, "packing": "none"})
+
+
+def find_subject(path: str, base: str | None = None) -> Subject:
+    """What `peft eval PATH` is about.
+
+    Args:
+        path: an adapter or run folder, a recipe that was trained, or an adapter's id on the hub.
+        base: the base to use instead of the one the recipe or the adapter names.
+
+    Raises:
+        InputError: no adapter there, or no base named.
+    """
+    given = Path(path)
+    if given.suffix in (".yaml", ".yml"):
+        recipe: Recipe | None = load_recipe(given, check_paths=False)
+        run: Path | None = Path(recipe.training.output_dir)  # type: ignore[union-attr]
+        adapter: Path | str = run  # type: ignore[assignment]
+    else:
+        run = next((folder for folder in (given, given.parent) if (folder / RECIPE_NAME).is_file()), None)
+        recipe = load_recipe(run / RECIPE_NAME, check_paths=False) if run else None
+        adapter = given if given.exists() else path
+    if recipe is not None and recipe.adapter.method == FULL:
+        raise InputError("was trained in full, so there is no adapter to switch off", place=adapter)
+    if isinstance(adapter, Path) and not (adapter / CONFIG_NAME).is_file():
+        fix = f"train it first: peft train {path}" if adapter != given else "name an adapter or run folder"
+        raise InputError(f"there is no adapter here: no {CONFIG_NAME}", place=adapter, fix=fix)
+    return Subject(adapter, _model(adapter, recipe, base), recipe.quantization if recipe else None, run, recipe)
+
+
+def _model(adapter: Path | str, recipe: Recipe | None, base: str | None) -> ModelSection:
+    if recipe is not None:
+        return recipe.model.model_copy(update={"name_or_path": base, "revision": None}) if base else recipe.model
+    if base is not None:
+        return ModelSection(name_or_path=base)
+    from peftcli.adapters.checkpoint import resolve_adapter_folder
+
+    config = read_config(resolve_adapter_folder(adapter) / CONFIG_NAME)
+    if not config.base_model_name_or_path:
+        raise InputError("the adapter does not say which base it belongs to", place=adapter, fix="name it: --base BASE")
+    return ModelSection(name_or_path=config.base_model_name_or_path, revision=config.revision)
