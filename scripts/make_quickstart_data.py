@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 SYSTEM = "Write the request as one ops command."
-TRAIN_SIZE, TEST_SIZE = 960, 80
+TRAIN_SIZE, TEST_SIZE = 1000, 80
 
 SERVICES = (
     "billing", "checkout", "search", "payments", "login", "gateway", "mailer", "catalog", "reports", "uploads",
