@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -16,7 +16,12 @@ from peftcli.launchers.command import Command
 
 LOG = "launcher.log"
 SHOWN_LINES = 12
-FORWARDED = (signal.SIGTERM, signal.SIGINT)
+PASSED_ON = {
+    number: signal.Signals[passed]
+    for name, passed in (("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGUSR1", "SIGUSR1"), ("SIGHUP", "SIGTERM"))
+    if (number := getattr(signal, name, None)) is not None
+}
+"""What the ranks get when we get a signal."""
 
 
 def run(command: Command, run_folder: Path, *, quiet: bool = False) -> None:
@@ -38,33 +43,48 @@ def run(command: Command, run_folder: Path, *, quiet: bool = False) -> None:
             stdin=subprocess.DEVNULL,
             stdout=log if quiet else None,
             stderr=log,
+            start_new_session=True,  # else a terminal's Ctrl-C would reach the ranks twice: from it and from us
         )
-        with _forwarding(process) as received:
+        with _passing_signals_on(process) as received:
             code = process.wait()
+    if code == 0:
+        return
     if received:
-        error = RunError(f"stopped by {signal.Signals(received[0]).name}; continue with --resume auto")
+        error = RunError(f"stopped by {signal.Signals(received[0]).name}; `--resume auto` continues")
         error.exit_code = 128 + received[0]
         raise error
-    if code:
-        raise _failure(code, command, run_folder)
+    raise _failure(code, command, run_folder)
 
 
 @contextmanager
-def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """While open, signals that ask us to stop are passed on to the launcher, which passes them to its ranks."""
+def _passing_signals_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """While open, signals that ask us to stop go to the ranks, each once; `received` holds ours.
+
+    They go past the launcher: told to stop, it would kill its ranks after 30 seconds, in the middle of a save.
+    """
     received: list[int] = []
 
-    def forward(number: int, frame: FrameType | None) -> None:
+    def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        if process.poll() is None:
-            process.send_signal(number)
+        for pid in _children(process.pid) or [process.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, PASSED_ON[number])
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     try:
         yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _children(pid: int) -> list[int]:
+    import psutil  # comes with accelerate
+
+    try:
+        return [child.pid for child in psutil.Process(pid).children()]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _failure(code: int, command: Command, run_folder: Path) -> RunError | InputError:

@@ -1,0 +1,75 @@
+"""The exact command line and environment of each launcher setting."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from peftcli.errors import InputError
+from peftcli.launchers.command import CONFIGS, command, config_file, in_process, processes
+from peftcli.recipe.schema import LauncherSection
+
+HEAD = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+TAIL = ["--module", "peftcli.training.worker", "run folder", "--resume", "auto"]
+
+
+def argv(extra: list[str] | None = None, **section: object) -> list[str]:
+    launcher = LauncherSection.model_validate(section)
+    return command(launcher, ["run folder", "--resume", "auto"], extra or [], base={}).argv
+
+
+def test_ddp() -> None:
+    expected = [*HEAD, str(CONFIGS / "accelerate/ddp.yaml"), "--num_processes", "2", *TAIL]
+    assert argv(type="auto", num_processes=2) == expected
+    assert argv(type="accelerate", num_processes=2) == expected
+
+
+def test_one_process_under_accelerate() -> None:
+    assert argv(type="accelerate", num_processes=1) == [
+        *HEAD, str(CONFIGS / "accelerate/single.yaml"), "--num_processes", "1", *TAIL
+    ]  # fmt: skip
+
+
+def test_arguments_after_the_dashes_come_last_of_the_launchers() -> None:
+    found = argv(["--main_process_port", "29511", "--tee", "a b"], type="accelerate", num_processes=3)
+    assert found[-9:] == ["--main_process_port", "29511", "--tee", "a b", *TAIL]
+
+
+def test_own_config(tmp_path: Path) -> None:
+    assert argv(type="accelerate", num_processes=2, config="single")[4] == str(CONFIGS / "accelerate/single.yaml")
+    assert argv(type="accelerate", num_processes=2, config=str(tmp_path / "x.yaml"))[4] == str(tmp_path / "x.yaml")
+    with pytest.raises(InputError, match=r"launcher.config: .*\n.*allowed: ddp, single"):
+        config_file("zero9", "ddp")
+
+
+def test_in_this_process() -> None:
+    assert in_process(LauncherSection(type="none")) and in_process(LauncherSection(num_processes=1))
+    assert not in_process(LauncherSection(type="accelerate", num_processes=1))
+    assert not in_process(LauncherSection(num_processes=2))
+    assert processes(LauncherSection(type="none")) == 1
+
+
+def test_threads_are_shared_out_unless_the_user_has_said() -> None:
+    launcher = LauncherSection(num_processes=2)
+    threads = str(max(1, (os.cpu_count() or 1) // 2))
+    assert command(launcher, [], base={}).environment == {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    assert "OMP_NUM_THREADS" not in command(launcher, [], base={"OMP_NUM_THREADS": "7"}).environment
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
+def test_accelerate_reads_every_config(path: Path) -> None:
+    from accelerate.commands.config import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_machines == 1
+    assert path.stem != "ddp" or (config.distributed_type == "MULTI_GPU" and config.main_process_port == 0)
+
+
+def test_the_top_level_folder_is_the_packaged_one() -> None:
+    top = Path(__file__).parents[2] / "configs"
+    assert top.resolve() == CONFIGS.resolve()
+    assert all(isinstance(yaml.safe_load(path.read_text()), dict) for path in top.rglob("*.yaml"))
