@@ -13,7 +13,7 @@ import torch  # noqa: TID253
 from torch import nn  # noqa: TID253
 
 from peftcli.adapters.base import Adapter, Tensors, fill
-from peftcli.adapters.config import PeftConfig, TunerConfig, as_tuner_config
+from peftcli.adapters.config import PeftConfig, TunerConfig, as_set, as_tuner_config
 from peftcli.adapters.copies import CopyLayer, TrainedBiases, trained_bias_owners
 from peftcli.adapters.engine import STATE, Attached, attached_to, base_modules, embeddings
 from peftcli.adapters.layer import AdapterLayer, Buffers, layer_for
@@ -85,8 +85,7 @@ class _Placement:
 def plan_sites(model: nn.Module, config: TunerConfig) -> list[tuple[Site, Adapter]]:
     """The sites a config adapts and the adapter of each, before anything is changed."""
     base = dict(base_modules(model))
-    if config.target_modules is None:
-        _fill_default_targets(model, config)
+    _fill_defaults(model, config)
     linear = [path for path, module in base.items() if _is_linear(model, path, module)]
     chosen = select(config, base, linear=linear)
     for missing in unmatched_targets(config, chosen):
@@ -123,16 +122,22 @@ def _is_linear(model: nn.Module, path: str, module: nn.Module) -> bool:
     return not is_head and not is_classifier
 
 
-def _fill_default_targets(model: nn.Module, config: TunerConfig) -> None:
+def _fill_defaults(model: nn.Module, config: TunerConfig) -> None:
+    """Set the module lists a config leaves open to the usual ones of the model's type."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    targets = default_targets(config.peft_type, model_type)
-    if targets is None:
-        raise InputError(
-            "Please specify `target_modules` in `peft_config`",
-            field="target_modules",
-            fix=f"there is no usual choice for model type {model_type!r}; `all-linear` adapts every linear layer",
-        )
-    config.target_modules = targets if isinstance(targets, str) else set(targets)
+    for name, table in config.default_tables.items():
+        if getattr(config, name) is not None:
+            continue
+        usual = default_targets(config.peft_type, model_type, table=table)
+        if usual is None:
+            raise InputError(
+                f"Please specify `{name}` in `peft_config`",
+                field=name,
+                fix=f"there is no usual choice for model type {model_type!r}; `all-linear` adapts every linear layer"
+                if name == "target_modules"
+                else f"there is no usual choice for model type {model_type!r}; [] means none",
+            )
+        setattr(config, name, as_set(usual))
 
 
 def _settle_fan_in_fan_out(config: TunerConfig, site: Site) -> None:

@@ -101,6 +101,11 @@ class Tensors(dict[str, "Tensor"]):
         except KeyError:
             raise AttributeError(name) from None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the floating tensors."""
+        return next(t.dtype for t in self.values() if t.is_floating_point())
+
     def to(self, dtype: torch.dtype) -> Tensors:
         """The same tensors with floating ones cast to `dtype` (through autograd)."""
         return Tensors({name: t.to(dtype) if t.is_floating_point() else t for name, t in self.items()})
@@ -157,6 +162,18 @@ class Adapter:
         """
         return None
 
+    def regenerate(self, p: Tensors) -> Tensor | None:
+        """Fill what a file does not hold, before it is loaded; in place, under no_grad. Returns as `initialize`."""
+        return None
+
+    def dropped(self, p: Tensors) -> Tensors:
+        """The tensors as one training pass sees them, where a method drops parts of itself at random."""
+        return p
+
+    def stored(self, p: Tensors) -> dict[str, Tensor]:
+        """The tensors as the file holds them, by the key's last part."""
+        return {key: p[key] for key, spec in self.tensors().items() if spec.saved and not spec.shared}
+
     @classmethod
     def make_shared(cls, adapters: list[Adapter], config: Any) -> dict[str, Tensor]:
         """Initial values of the tensors kept once a model, from all sites at once; others are filled by their spec."""
@@ -182,6 +199,15 @@ class DeltaAdapter(Adapter):
     def dropout(self) -> float:
         """Probability with which inputs of the adapter's path are dropped in training."""
         return 0.0
+
+    @property
+    def drops(self) -> bool:
+        """Whether training leaves out any of the update, so that W + dW can't stand for it."""
+        return self.dropout > 0
+
+    def keep(self) -> Tensor | None:
+        """Factors [out] on the features of the update in one training pass, 0 for dropped ones; None keeps all."""
+        return None
 
     def delta(self, p: Tensors) -> Tensor:
         """dW as a matrix [out, in], scaling included, in the dtype of `p`."""
@@ -228,10 +254,16 @@ class TransformAdapter(Adapter):
         """y [..., out] on its way out."""
         return y
 
+    @property
+    def acts_on_inputs(self) -> bool:
+        """Whether the method writes `before`."""
+        return type(self).before is not TransformAdapter.before
+
     def merged_weight(self, p: Tensors, weight: Tensor) -> Tensor:
-        # Rows of the identity are the unit inputs: pushing them through gives the transposed weight.
-        inputs = self.before(p, torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device))
-        return self.after(p, inputs @ weight.T).T
+        columns = weight.T
+        if self.acts_on_inputs:  # rows of the identity are the unit inputs: pushed through, they give the columns
+            columns = self.before(p, torch.eye(len(columns), dtype=weight.dtype, device=weight.device)) @ columns
+        return self.after(p, columns).T
 
     def merged_bias(self, p: Tensors, bias: Tensor) -> Tensor:
         return self.after(p, bias.unsqueeze(0)).squeeze(0) if self.transforms_bias else bias

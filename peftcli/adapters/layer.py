@@ -7,7 +7,7 @@ adapters are composed as functions, the first named outermost, so methods of dif
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,11 @@ class Slot:
     spec: TensorSpec
     head: str
     leaf: str
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off: rotations and weights are computed in the adapter's own precision (meta tensors have none)."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class Weights(nn.Module):
@@ -107,9 +112,10 @@ class AdapterLayer(nn.Module):
             slot = Slot(key, spec, head, leaf)
             self._slots[name].append(slot)
             self._place(name, slot, tensor)
-        if initialize and device.type != "meta":
+        if device.type != "meta":
             with torch.no_grad():
-                new_weight = adapter.initialize(self.tensors(name))
+                begin = adapter.initialize if initialize else adapter.regenerate
+                new_weight = begin(self.tensors(name))
                 if new_weight is not None:
                     self.site.stored.copy_(self.site.to_stored(new_weight))
 
@@ -142,6 +148,18 @@ class AdapterLayer(nn.Module):
         """One adapter's tensors as its equation wants them."""
         return Tensors({slot.key: tensor for slot, tensor in self.own_tensors(name)} | self.shared[name])
 
+    def _pass_tensors(self, name: str, dropping: bool) -> Tensors:
+        """`tensors` as one pass sees them: a training pass may drop some."""
+        p = self.tensors(name)
+        return self.adapters[name].dropped(p) if dropping else p
+
+    def _bias(self, names: list[str]) -> Tensor | None:
+        """The bias of the module with some adapters."""
+        bias = self.site.bias
+        for name in reversed(names):
+            bias = None if bias is None else self.adapters[name].merged_bias(self.tensors(name), bias)
+        return bias
+
     def remove(self, name: str) -> None:
         """Forget an adapter and its tensors; empty containers go too."""
         for head in {slot.head for slot in self._slots[name]}:
@@ -171,29 +189,46 @@ class AdapterLayer(nn.Module):
         if not names:
             return self.base_layer(*args, **kwargs)
         if self.site.elementwise_io or all(self._adds(name) for name in names):
+            if all(self._folds(name) for name in names):
+                return self.site.run_rebuilt(lambda: self.effective(names, dropping=self.training), *args, **kwargs)
             return self._compose(names, *args, **kwargs)
-        weight, bias = self.effective(names)
-        return self.site.run(weight, bias, *args, **kwargs)
+        return self.site.run(*self.effective(names), *args, **kwargs)
 
     def _adds(self, name: str) -> bool:
         """Whether the adapter's part is added to the module's output (so the module itself need not be re-run)."""
         return isinstance(self.adapters[name], DeltaAdapter) and self.site.kind not in ("attention", "parameter")
+
+    def _acts_outside(self, name: str) -> bool:
+        """Whether the adapter acts on what goes into or comes out of a module whose inputs are no vectors."""
+        adapter = self.adapters[name]
+        outputs_only = isinstance(adapter, TransformAdapter) and not adapter.acts_on_inputs
+        return self._adds(name) or (outputs_only and self.site.elementwise_output)
+
+    def _folds(self, name: str) -> bool:
+        """Whether (W + dW) x is quicker than W x + dW x: dW must be built anyway, and adding it to W loses nothing."""
+        adapter = self.adapters[name]
+        if not isinstance(adapter, DeltaAdapter) or type(adapter).activation is not DeltaAdapter.activation:
+            return False
+        exact = all(t.dtype == self.site.dtype for t in self.tensors(name).values() if t.is_floating_point())
+        return exact and self.site.is_bare and not (self.training and adapter.drops)
 
     def _compose(self, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """f_1(f_2(... module)) on the first positional argument."""
         if not names:
             return self.base_layer(*args, **kwargs)
         name, rest = names[0], names[1:]
-        adapter, p = self.adapters[name], self.tensors(name)
         if not args:  # called by keyword: nn.Linear's `input`
             args, kwargs = (kwargs.pop("input"),), kwargs
         x = args[0]
+        adapter = self.adapters[name]
         if isinstance(adapter, TransformAdapter):
-            inputs = self._in_precision_of(p, adapter.before, x)
+            p = self._pass_tensors(name, dropping=self.training)
+            inputs = self._in_precision_of(p, adapter.before, x) if adapter.acts_on_inputs else x
             y = self._compose(rest, inputs, *args[1:], **kwargs)
-            bias = None if adapter.transforms_bias else self.site.bias
+            bias = None if adapter.transforms_bias else self._bias(rest)
             if bias is None:
                 return self._in_precision_of(p, adapter.after, y)
+            bias = bias.to(y.dtype)
             return self._in_precision_of(p, adapter.after, y - bias) + bias
         return self._with_update(name, self._compose(rest, *args, **kwargs), x, *args[1:], **kwargs)
 
@@ -205,14 +240,17 @@ class AdapterLayer(nn.Module):
             x = F.dropout(x, adapter.dropout)
         update = adapter.activation(p, x, self.site)
         if update is None:
-            update = self.site.run(adapter.delta(p).to(self.site.dtype), None, x, *args, **kwargs)
+            update = self.site.run_rebuilt(lambda: (adapter.delta(p).to(self.site.dtype), None), x, *args, **kwargs)
+        keep = adapter.keep() if self.training else None
+        if keep is not None:
+            update = update * self.site.broadcast(keep).to(update)
         return y + update.to(y.dtype)
 
     @staticmethod
     def _in_precision_of(p: Tensors, function: Any, x: Tensor) -> Tensor:
         """Apply a transform in the adapter's precision and come back to the module's: the one place of such casts."""
-        dtype = next(t.dtype for t in p.values() if t.is_floating_point())
-        return function(p, x.to(torch.promote_types(dtype, x.dtype))).to(x.dtype)
+        with full_precision(x.device):
+            return function(p, x.to(torch.promote_types(p.dtype, x.dtype))).to(x.dtype)
 
     def _forward_mixed(self, *args: Any, **kwargs: Any) -> Any:
         """Rows of different adapters in one batch: the module runs once, each group of rows gets its own adapter."""
@@ -236,17 +274,18 @@ class AdapterLayer(nn.Module):
 
     # -- weights --------------------------------------------------------------------------------------------------
 
-    def effective(self, names: list[str] | None = None) -> tuple[Tensor, Tensor | None]:
+    def effective(self, names: list[str] | None = None, *, dropping: bool = False) -> tuple[Tensor, Tensor | None]:
         """The weight [out, in] and bias [out] that do what module + adapters do, in the module's dtype."""
         if names is None:
             idle = self.disable_adapters or self.merged_adapters
             names = [] if idle else self._live(self.active_adapters)
         weight, bias = self.site.weight(), self.site.bias
-        for name in reversed(names):  # the last named is innermost
-            adapter, p = self.adapters[name], self.tensors(name)
-            dtype = torch.promote_types(next(t.dtype for t in p.values() if t.is_floating_point()), weight.dtype)
-            weight = adapter.merged_weight(p, weight.to(dtype))
-            bias = None if bias is None else adapter.merged_bias(p, bias.to(dtype))
+        with full_precision(weight.device):
+            for name in reversed(names):  # the last named is innermost
+                adapter, p = self.adapters[name], self._pass_tensors(name, dropping)
+                dtype = torch.promote_types(p.dtype, weight.dtype)
+                weight = adapter.merged_weight(p, weight.to(dtype))
+                bias = None if bias is None else adapter.merged_bias(p, bias.to(dtype))
         return weight.to(self.site.dtype), None if bias is None else bias.to(self.site.dtype)
 
     def get_delta_weight(self, name: str) -> Tensor:

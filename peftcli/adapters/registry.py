@@ -25,6 +25,8 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "LORA": Method("lora", "LoraConfig", "Lora"),
+    "IA3": Method("ia3", "IA3Config", "Ia3"),
+    "LOHA": Method("loha", "LoHaConfig", "LoHa"),
 }
 
 
@@ -45,7 +47,7 @@ def config_class(peft_type: str, *, place: str | Path | None = None) -> type[Pef
 
 def adapter_class(config: PeftConfig) -> type[Adapter]:
     """The class that states the tensors and equation a config asks for, e.g. `Lora`, or `Dora` with `use_dora`."""
-    method = config.variant() or _entry(config.peft_type, None)
+    method = config.adapter_variant() or _entry(config.peft_type, None)
     return getattr(import_module(f"peftcli.adapters.methods.{method.file}"), method.adapter)
 
 

@@ -6,12 +6,14 @@ result is applied by the site.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch  # noqa: TID253
 import torch.nn.functional as F  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 from torch.func import functional_call  # noqa: TID253
+from torch.utils.checkpoint import checkpoint  # noqa: TID253
 
 from peftcli.adapters.base import SiteKind, SiteShape
 
@@ -29,6 +31,8 @@ class Site:
     bias_parameter: ClassVar[str] = "bias"
     elementwise_io: ClassVar[bool] = True
     """Whether inputs are [..., in] and outputs [..., out], so that adapters may act on them directly."""
+    elementwise_output: ClassVar[bool] = True
+    """Whether at least outputs are [..., out]."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.name = module, name
@@ -74,6 +78,18 @@ class Site:
             tensors[self.bias_parameter] = torch.zeros_like(self.bias) if bias is None else bias
         return functional_call(self.module, cast(dict[str, Tensor], tensors), args, kwargs)
 
+    def run_rebuilt(self, weights: Callable[[], tuple[Tensor, Tensor | None]], *args: Any, **kwargs: Any) -> Any:
+        """`run` with a weight and bias that are built again in the backward pass instead of kept for it."""
+        if not torch.is_grad_enabled():
+            return self.run(*weights(), *args, **kwargs)
+        return checkpoint(lambda *args: self.run(*weights(), *args, **kwargs), *args, use_reentrant=False)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether calling the module does nothing but its own computation: no hooks (offloading puts some there)."""
+        module = self.module
+        return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
     def broadcast(self, vector: Tensor) -> Tensor:
         """A vector [out] shaped to act on the module's output."""
         return vector
@@ -109,7 +125,7 @@ class ConvSite(Site):
     """nn.Conv1d, 2d, 3d: the matrix is [out, in/groups * kernel], as `unfold` orders it."""
 
     kind = "conv"
-    elementwise_io = False
+    elementwise_io = elementwise_output = False
     module: nn.Conv2d  # stands for all three: they share every attribute used here
 
     @property
@@ -172,7 +188,7 @@ class AttentionSite(Site):
     """nn.MultiheadAttention's packed input projection [3 * embed, embed]; its `out_proj` is a site of its own."""
 
     kind = "attention"
-    elementwise_io = False
+    elementwise_io = elementwise_output = False
     parameter = "in_proj_weight"
     bias_parameter = "in_proj_bias"
 

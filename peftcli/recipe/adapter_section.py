@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any, Final, Literal
 
 from pydantic import InstanceOf, ValidationError, model_serializer, model_validator
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from peftcli.adapters.config import PeftConfig, field_problems
+from peftcli.adapters.config import PeftConfig, config_fields, field_problems
 from peftcli.adapters.registry import config_class, method_names
 from peftcli.adapters.targets import fullmatch
 from peftcli.errors import InputError, InputErrors, nearest, printable
@@ -70,7 +69,7 @@ class AdapterSection(Section):
 
 def settable(cls: type[PeftConfig]) -> Iterator[str]:
     """The fields of a config that a recipe may set."""
-    return (item.name for item in fields(cls) if item.name not in ELSEWHERE)
+    return (item.name for item in config_fields(cls) if item.name not in ELSEWHERE)
 
 
 def _config(cls: type[PeftConfig] | None, given: dict[str, Any]) -> PeftConfig | None:

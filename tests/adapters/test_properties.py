@@ -53,6 +53,13 @@ ROWS = [
     Row("LORA", {"r": 4, "lora_bias": True}, without=("linear_no_bias", "conv3d", "embedding")),
     Row("LORA", {"r": 8, "rank_pattern": {"site": 2}, "alpha_pattern": {"s.te": 6}}),
     Row("LORA", {"r": 4, "use_dora": True}),
+    Row("IA3", {"feedforward_modules": []}),
+    Row("IA3", {"feedforward_modules": ["site"]}),
+    Row("LORA", {"r": 4, "init_lora_weights": "pissa"}),
+    Row("LORA", {"r": 4, "init_lora_weights": "pissa_niter_4", "use_rslora": True}),
+    Row("LORA", {"r": 4, "init_lora_weights": "olora", "use_dora": True}),
+    Row("LOHA", {"r": 4, "alpha": 6}),
+    Row("LOHA", {"r": 4, "use_effective_conv2d": True}),
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
@@ -105,7 +112,9 @@ def test_fresh_adapter_changes_nothing(row: Row, site: SiteCase) -> None:
 def test_merged_is_adapted_and_unmerge_is_exact(row: Row, site: SiteCase) -> None:
     model, x, base = adapted(row, site)
     expected = model(x)
-    assert not torch.allclose(expected, base(x), atol=1e-4), "the adapter must do something for this test to mean anything"
+    assert not torch.allclose(expected, base(x), atol=1e-4), (
+        "the adapter must do something for this test to mean anything"
+    )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if not all(layer.adapters["default"].mergeable for _, layer in model.base_model.attached.layers()):
         with pytest.raises(ValueError, match="merge"):
