@@ -64,7 +64,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, loss_on: LossOn) -> None:
-        if not tokenizer.is_fast:
+        if not getattr(tokenizer, "is_fast", False):
             raise InputError(
                 f"the tokenizer ({type(tokenizer).__name__}) does not say which characters a token stands for, "
                 "so the loss can't be put on answers only",

@@ -60,7 +60,7 @@ class Part:
         """
         if self._overlong:
             raise InputError(
-                f"{self._overlong} samples are longer than {max_length} tokens (the longest has {self._longest})",
+                f"samples longer than {max_length} tokens: {self._overlong}, the longest {self._longest}",
                 place=self._first_overlong,
                 field=f"data.{self.name}: data.max_length",
                 fix=f"set data.max_length to {self._longest}, or data.overflow to drop, truncate or split",

@@ -124,7 +124,8 @@ def _read_json_lines(path: Path, file: BinaryIO) -> Iterator[Row]:
             value = parse_json(line)
         except ValueError as error:
             cut = "the file may be cut off: its last line has no end" if not line.endswith(b"\n") else None
-            raise InputError(str(error), place=place, fix=cut) from error
+            problem = str(error).replace("line 1 column", "column")  # the line is in `place`
+            raise InputError(problem, place=place, fix=cut) from error
         yield Row(place, _mapping(value, place))
 
 

@@ -128,22 +128,21 @@ def audit(notes: Notes, tokenizer: Any, pad_token_id: int, sources: list[SourceR
 
 
 def _bos(notes: Notes, tokenizer: Any) -> Fact:
+    bos, none, one = tokenizer.bos_token, notes.beginnings[0], notes.beginnings[1]
     several = sum(count for leading, count in notes.beginnings.items() if leading > 1)
-    one, none = notes.beginnings[1], notes.beginnings[0]
     if several:
-        return Fact("one BOS", False, f"{several} samples begin with {tokenizer.bos_token} twice")
+        return Fact("one BOS", False, f"samples that begin with {bos} twice: {several}")
     if not one:
         return Fact("one BOS", True, "no sample begins with one, as the tokenizer and its template write none")
-    return Fact(
-        "one BOS", not none, f"{one} samples begin with {tokenizer.bos_token}" + f", {none} do not" * bool(none)
-    )
+    without = f", without: {none}" if none else ""
+    return Fact("one BOS", not none, f"samples that begin with {bos}: {one}{without}")
 
 
 def _end_of_turn(notes: Notes) -> Fact:
     ends = ", ".join(f"{token} ({count})" for token, count in notes.terminators.most_common() if token)
     without = notes.terminators[None]
     if without:
-        return Fact("end of turn is learnt", False, f"{without} answers end without a control token to stop at")
+        return Fact("end of turn is learnt", False, f"answers that end without a control token to stop at: {without}")
     return Fact("end of turn is learnt", True, f"answers end with {ends}" if ends else "every token is learnt")
 
 
@@ -164,32 +163,31 @@ def _template(sources: list[SourceReport]) -> Fact:
 def warnings(notes: Notes, sources: list[SourceReport], duplicates: int, overlap: int) -> Iterator[str]:
     """Sentences a user should read before training."""
 
-    def say(kind: str, sentence: str) -> Iterator[str]:
-        count = getattr(notes, kind)
-        if count:
-            yield f"{count} {sentence} (first: {notes.first[kind]})"
-
     for source in sources:
-        for kind, sentence in (
-            ("blank", "rows have nothing but blanks to learn and were left out"),
-            ("too_long", "samples are longer than data.max_length and were left out"),
-            ("truncated", "samples are longer than data.max_length and were cut"),
-            ("unlabelled", "samples had no learnt token left after cutting and were left out"),
+        for kind, what in (
+            ("blank", "rows with nothing but blanks to learn, left out"),
+            ("too_long", "samples longer than data.max_length, left out"),
+            ("truncated", "samples longer than data.max_length, cut"),
+            ("unlabelled", "samples without a learnt token once cut, left out"),
         ):
             if count := getattr(source, kind):
-                yield f"{source.path}: {count} {sentence}"
+                yield f"{source.path}: {what}: {count}"
     if notes.control_tokens:
         found = ", ".join(f"{printable(token)} ({count})" for token, count in notes.control_tokens.most_common(5))
         yield (
             f"the data holds control tokens as text, which the tokenizer reads as control tokens: {found} "
             f"(first: {notes.first['control_tokens']})"
         )
-    yield from say("unprompted", "answers do not begin with the template's generation prompt, as they will later")
-    yield from say("rewritten", "samples were added, as the template writes earlier turns differently later")
-    yield from say("merged", "answers share their first token with the end of the prompt")
-    yield from say("openings", "assistant turns open a conversation: they answer nothing and are not learnt")
-    yield from say("blanks", "answers are blank and not learnt")
+    for kind, what in (
+        ("unprompted", "answers that do not begin with the template's generation prompt, as they will later"),
+        ("rewritten", "samples added, as the template writes earlier turns differently later"),
+        ("merged", "answers that share their first token with the end of the prompt"),
+        ("openings", "assistant turns that open a conversation: they answer nothing and are not learnt"),
+        ("blanks", "blank answers, not learnt"),
+    ):
+        if count := getattr(notes, kind):
+            yield f"{what}: {count} (first: {notes.first[kind]})"
     if duplicates:
-        yield f"{duplicates} rows are duplicates"
+        yield f"duplicate rows: {duplicates}"
     if overlap:
-        yield f"{overlap} evaluation rows are also training rows: the evaluation will look better than it is"
+        yield f"evaluation rows that are also training rows: {overlap}; the evaluation will look better than it is"

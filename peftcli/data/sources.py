@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +28,7 @@ def read_source(source: DataSource, splits: tuple[str, ...]) -> Iterator[Row]:
     Raises:
         InputError: anything that cannot be read as it is.
     """
-    for number, row in enumerate(_rows(source, splits)):
-        if number == source.max_samples:
-            return
+    for row in islice(_rows(source, splits), source.max_samples):
         yield _renamed(row, source.columns) if source.columns else row
 
 

@@ -1,0 +1,144 @@
+"""What rows mean, and what each bad row is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from peftcli.data.formats import FORMATS, Completion, Conversation, detect, parse_row
+from peftcli.errors import InputError
+
+USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+HUMAN, GPT = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}
+PAIR = Conversation([USER, ASSISTANT], [False, True])
+SYSTEM = {"role": "system", "content": "be"}
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+ACCEPTED = [
+    ("chat", True, {"messages": [USER, ASSISTANT]}, PAIR),
+    (
+        "chat",
+        True,
+        {"messages": [USER, {**ASSISTANT, "train": False}]},
+        Conversation([USER, ASSISTANT], [False, False]),
+    ),
+    ("chat", True, {"messages": [USER, {**ASSISTANT, "weight": 0}]}, Conversation([USER, ASSISTANT], [False, False])),
+    ("chat", True, {"messages": [{**USER, "name": None}, {**ASSISTANT, "train": None}]}, PAIR),
+    ("chat", True, {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, ASSISTANT]}, PAIR),
+    (
+        "chat",
+        True,
+        {"messages": [USER, ASSISTANT], "tools": TOOLS},
+        Conversation([USER, ASSISTANT], [False, True], TOOLS),
+    ),
+    ("chat", True, {"messages": [USER, ASSISTANT], "tools": "[]"}, PAIR),
+    ("chat", True, {"messages": [USER, ASSISTANT], "tools": None}, PAIR),
+    ("sharegpt", True, {"conversations": [HUMAN, GPT]}, PAIR),
+    (
+        "sharegpt",
+        True,
+        {"conversations": [HUMAN, {**GPT, "train": False}], "system": "be"},
+        Conversation([SYSTEM, USER, ASSISTANT], [False, False, False]),
+    ),
+    ("prompt_completion", True, {"prompt": "hi", "completion": "yes"}, PAIR),
+    ("prompt_completion", False, {"prompt": "hi", "completion": "yes"}, Completion("hi", "yes")),
+    (
+        "prompt_completion",
+        True,
+        {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]},
+        Conversation([USER, ASSISTANT, USER, ASSISTANT], [False, False, False, True]),
+    ),
+    ("alpaca", True, {"instruction": "hi", "input": "", "output": "yes"}, PAIR),
+    (
+        "alpaca",
+        True,
+        {"instruction": "add", "input": "1 2", "output": "3"},
+        Conversation([{"role": "user", "content": "add\n\n1 2"}, {"role": "assistant", "content": "3"}], [False, True]),
+    ),
+    (
+        "alpaca",
+        False,
+        {"instruction": "add", "input": "1 2", "output": "3"},
+        Completion(
+            "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+            "response that appropriately completes the request.\n\n### Instruction:\nadd\n\n### Input:\n1 2\n\n"
+            "### Response:\n",
+            "3",
+        ),
+    ),
+    ("text", False, {"text": "hi"}, Completion("", "hi")),
+]
+
+
+@pytest.mark.parametrize(("name", "templated", "values", "expected"), ACCEPTED)
+def test_rows_become_examples(name, templated, values, expected):
+    assert parse_row(name, values, "here", templated) == expected
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+
+
+def test_tool_calls_lose_their_second_quoting():
+    """OpenAI writes arguments as a JSON string; a template that writes JSON would quote it again."""
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "2"}]
+    example = parse_row("chat", {"messages": messages}, "here", True)
+    assert example.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
+    assert example.messages[1]["content"] == ""
+    assert example.trainable == [False, True, False]
+
+
+REFUSED = [
+    ("chat", {"text": "x"}, r"has no column `messages`.*\n.*\n.*the row has `text`"),
+    ("chat", {"messages": "hello"}, "messages: must be a list of objects, but is 'hello'"),
+    ("chat", {"messages": []}, "messages: is an empty list"),
+    ("chat", {"messages": ["hello"]}, "messages: must be a list of objects"),
+    ("chat", {"messages": [USER, {"role": "robot", "content": "x"}]}, r"messages\[1\]\.role: is unknown: 'robot'"),
+    ("chat", {"messages": [{"content": "x"}]}, r"messages\[0\]\.role: is unknown: 'None'"),
+    ("chat", {"messages": [USER, SYSTEM]}, r"messages\[1\]\.role: a system turn can only come first"),
+    ("chat", {"messages": [{"role": "user"}]}, r"messages\[0\]\.content: must be a string, but is null"),
+    ("chat", {"messages": [{"role": "user", "content": 3}]}, r"messages\[0\]\.content: must be a string, but is int"),
+    ("chat", {"messages": [{**USER, "content": [{"type": "image"}]}]}, "has parts other than text"),
+    ("chat", {"messages": [USER, {**ASSISTANT, "train": "no"}]}, "`train` must be true or false"),
+    ("chat", {"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "`weight` 0 or 1"),
+    ("chat", {"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, r"messages\[1\]\.tool_calls: names no function"),
+    ("chat", {"messages": [USER, ASSISTANT], "tools": "{"}, "tools: is not valid JSON"),
+    ("chat", {"messages": [USER, ASSISTANT], "tools": {"f": 1}}, "tools: must be a list of objects"),
+    ("sharegpt", {"conversations": [USER]}, r"conversations\[0\]: has no `from` and `value`, but `content`, `role`"),
+    ("sharegpt", {"conversations": [{"from": "robot", "value": ""}]}, r"conversations\[0\]\.from: is an unknown role"),
+    ("sharegpt", {"conversations": [{"from": ["x"], "value": ""}]}, r"conversations\[0\]\.from: is an unknown role"),
+    ("sharegpt", {"conversations": [HUMAN, GPT], "system": 3}, "system: must be a string"),
+    ("prompt_completion", {"prompt": "x", "completion": None}, "completion: must be a string, but is null"),
+    ("prompt_completion", {"prompt": 1, "completion": "x"}, "prompt: must be a string, but is int"),
+    ("prompt_completion", {"prompt": "x"}, "has no column `completion`"),
+    ("prompt_completion", {"prompt": [USER], "completion": [SYSTEM]}, "a system turn can only come first"),
+    ("prompt_completion", {"prompt": [USER], "completion": "x"}, "prompt: must be a string, but is list"),
+    ("alpaca", {"instruction": "x", "output": "y", "input": 1}, "input: must be a string"),
+    ("text", {"text": "\ud800"}, "text: holds half a surrogate pair at character 0"),
+    ("text", {"text": {}}, "text: must be a string, but is dict"),
+]
+
+
+@pytest.mark.parametrize(("name", "values", "message"), REFUSED)
+def test_bad_rows_are_refused_by_place_and_column(name, values, message):
+    with pytest.raises(InputError, match=message) as caught:
+        parse_row(name, values, "rows.jsonl:7", True)
+    assert str(caught.value).startswith("rows.jsonl:7")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_format_is_detected_by_its_columns(name):
+    assert detect({*FORMATS[name].required, *FORMATS[name].optional, "image"}, "here") == name
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (["question", "answer"], r"no known format has the columns `answer`, `question`"),
+        (["promt", "completion"], r"`promt`: did you mean `prompt`\?"),
+        (["prompt", "chosen", "rejected"], "data for preference training"),
+        (["text", "label"], "data for classification"),
+        ([], "no columns"),
+    ],
+)
+def test_unknown_columns_are_refused(columns, message):
+    with pytest.raises(InputError, match=message):
+        detect(columns, "here")
