@@ -7,6 +7,7 @@ All sites are planned before the first is touched, so a config that does not fit
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch  # noqa: TID253
@@ -19,6 +20,7 @@ from peftcli.adapters.engine import STATE, Attached, attached_to, base_modules, 
 from peftcli.adapters.layer import AdapterLayer, Buffers, layer_for
 from peftcli.adapters.registry import adapter_class
 from peftcli.adapters.sites import LinearSite, Site, TransposedSite, site_for
+from peftcli.adapters.surgery import replicate_layers
 from peftcli.adapters.targets import default_targets, matches, select, unmatched_targets
 from peftcli.errors import InputError
 
@@ -47,8 +49,14 @@ def attach(
     config.validate()
     attached = attached_to(model) or Attached(model)
     _check_new(attached, config, name)
-    sites = plan_sites(model, config)
-    copies = _modules_to_copy(model, config, sites)
+    undo = _replicate(attached, config)
+    try:
+        sites = plan_sites(model, config)
+        copies = _modules_to_copy(model, config, sites)
+    except InputError:
+        undo()
+        raise
+    attached.undo_surgery = undo
     first = not attached.configs
     if first:
         model.requires_grad_(False)
@@ -66,6 +74,16 @@ def attach(
         attached.biases[name] = TrainedBiases(trained_bias_owners(base_modules(model), mode, adapted))
     attached.set_active(attached.active if not first else [name], trainable=True)
     return attached
+
+
+def _replicate(attached: Attached, config: TunerConfig) -> Callable[[], None]:
+    """Repeat layers where the config asks for it. Returns what undoes this and what was done before."""
+    ranges = getattr(config, "layer_replication", None)
+    if not ranges:
+        return attached.undo_surgery
+    if attached.configs:
+        raise InputError("layers can be replicated by the first adapter only", field="layer_replication")
+    return replicate_layers(attached.root, ranges)
 
 
 @dataclass(frozen=True)

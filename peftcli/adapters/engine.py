@@ -6,7 +6,7 @@ Works on any nn.Module, wrapped in a PeftModel or not: all that is known is one 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -34,6 +34,7 @@ class Attached:
         shared: tensors kept once a model (VeRA's projections), by tensor name then adapter name.
         active: the active adapters, first named outermost.
         disabled: whether all adapters are switched off.
+        undo_surgery: brings the model's own layers back where they were replicated.
     """
 
     root: nn.Module
@@ -43,6 +44,7 @@ class Attached:
     shared: dict[str, nn.ParameterDict | Buffers] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     disabled: bool = False
+    undo_surgery: Callable[[], None] = lambda: None
 
     def layers(self) -> Iterator[tuple[str, AdapterLayer]]:
         """(path in the model, layer) of every adapted module."""
@@ -161,6 +163,7 @@ class Attached:
             _put(self.root, path, layer.base_layer)
         if merge:
             _declare_untied(self.root)
+        self.undo_surgery()
         self.root.__dict__.pop(STATE, None)
         self.root.requires_grad_(False)
         return self.root

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Len
 from pydantic import Field
 
 from peftcli.adapters.base import LowRankAdapter, Tensors, TensorSpec, fill
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from peftcli.adapters.sites import Site
 
+Range = Annotated[list[Annotated[int, Ge(0)]], Len(2, 2)]
 Rank = Annotated[int, Ge(1), Le(1 << 20)]
 Alpha = Annotated[float, Gt(0)] | Annotated[int, Gt(0)]
 Init = (
@@ -60,6 +61,7 @@ class LoraConfig(TunerConfig):
         init_lora_weights: True (A Kaiming uniform, B zero), False (both random: for tests), `gaussian`, `orthogonal`,
             or a start taken from the base: `pissa`, `pissa_niter_<n>`, `olora`, `loftq` (see `initializers`).
         loftq_config: bits and iterations of `loftq`.
+        layer_replication: (start, end) ranges of the base's layers a deeper model is built of (see `surgery`).
         rank_pattern, alpha_pattern: r or alpha by module name or regular expression, where they differ.
         lora_bias: give lora_B a bias.
     """
@@ -81,7 +83,7 @@ class LoraConfig(TunerConfig):
     megatron_core: str | None = "megatron.core"
     loftq_config: LoftQConfig | dict[str, Any] = field(default_factory=dict)
     use_dora: bool = False
-    layer_replication: None = None
+    layer_replication: Annotated[list[Range], Len(1, 1024)] | None = None
     lora_bias: bool = later(False, since="0.14")
 
     def adapter_variant(self) -> Method | None:
@@ -246,6 +248,8 @@ class Lora(LowRankAdapter):
     def merge_problem(self) -> str | None:
         if self.config.lora_bias and not self.shape.has_bias:
             return "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
+        if self.config.layer_replication:
+            return "Cannot merge LORA layers when base model layers are replicated"
         return super().merge_problem()
 
     def merged_bias(self, p: Tensors, bias: Tensor) -> Tensor:
