@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 SYSTEM = "Write the request as one ops command."
@@ -32,68 +32,84 @@ DURATIONS = {
 }  # fmt: skip
 COUNTS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
-Argument = tuple[str, str]
-"""How a person says it, and how the command writes it."""
+PHRASES = {
+    "restart": (
+        "restart {service} in {env}",
+        "please bounce {service} in {env}",
+        "{service} in {env} needs a restart",
+    ),
+    "scale": (
+        "scale {service} in {env} to {count} replicas",
+        "run {count} copies of {service} in {env}",
+        "give {service} {count} replicas in {env}",
+    ),
+    "rollback": (
+        "roll {service} back to {version} in {env}",
+        "go back to {service} {version} in {env}",
+        "return {service} in {env} to {version}",
+    ),
+    "deploy": (
+        "deploy {service} {version} to {env}",
+        "ship version {version} of {service} to {env}",
+        "put {service} {version} on {env}",
+    ),
+    "mute": (
+        "silence {service} in {env} for {duration}",
+        "no alarms from {service} in {env} for {duration}",
+        "mute {env} {service} for {duration}",
+    ),
+    "logs": (
+        "show me {service} logs in {env} going back {duration}",
+        "what has {service} logged in {env} for {duration}",
+        "fetch {duration} of {env} logs from {service}",
+    ),
+}
+VERBS = tuple(PHRASES)
+NOW_OR_LATER = frozenset(VERBS) - {"logs"}
+"""Verbs that may name a day and an hour."""
 
 
-def duration(rng: random.Random) -> Argument:
-    return rng.choice(list(DURATIONS.items()))
+def argument(verb: str, rng: random.Random) -> tuple[str, str, str]:
+    """The verb's own argument: its name in the phrases, how it is said, how the command writes it."""
+    match verb:
+        case "scale":
+            number = rng.randrange(len(COUNTS))
+            return "count", COUNTS[number], str(number + 2)
+        case "rollback" | "deploy":
+            version = f"{rng.randrange(1, 10)}.{rng.randrange(10)}.{rng.randrange(10)}"
+            return "version", version, version
+        case "mute" | "logs":
+            return "duration", *rng.choice(list(DURATIONS.items()))
+    return "", "", ""
 
 
-def count(rng: random.Random) -> Argument:
-    number = rng.randrange(len(COUNTS))
-    return COUNTS[number], str(number + 2)
-
-
-def version(rng: random.Random) -> Argument:
-    number = f"{rng.randrange(1, 10)}.{rng.randrange(10)}.{rng.randrange(10)}"
-    return number, number
-
-
-def nothing(rng: random.Random) -> Argument:
-    return "", ""
-
-
-def moment(rng: random.Random) -> Argument:
+def moment(rng: random.Random) -> tuple[str, str]:
     """A weekday and an hour from 7am to 6pm; the command counts hours to 24."""
     day, hour = rng.choice(DAYS), rng.randrange(7, 19)
     spoken = f"{hour}am" if hour < 12 else "noon" if hour == 12 else f"{hour - 12}pm"
-    written = f"{day[:3]} {hour:02d}:00"
-    return rng.choice((f"at {spoken} on {day}", f"on {day} at {spoken}")), written
-
-
-VERBS: dict[str, tuple[Callable[[random.Random], Argument], tuple[str, ...]]] = {
-    "restart": (nothing, ("restart {service} in {env}", "please bounce {service} in {env}", "{service} in {env} needs a restart")),
-    "scale": (count, ("scale {service} in {env} to {arg} replicas", "run {arg} copies of {service} in {env}", "give {service} {arg} replicas in {env}")),
-    "rollback": (version, ("roll {service} back to {arg} in {env}", "go back to {service} {arg} in {env}", "return {service} in {env} to {arg}")),
-    "deploy": (version, ("deploy {service} {arg} to {env}", "ship version {arg} of {service} to {env}", "put {service} {arg} on {env}")),
-    "mute": (duration, ("silence {service} in {env} for {arg}", "no alarms from {service} in {env} for {arg}", "mute {env} {service} for {arg}")),
-    "logs": (duration, ("show me {service} logs in {env} going back {arg}", "what has {service} logged in {env} for {arg}", "fetch {arg} of {env} logs from {service}")),
-}  # fmt: skip
+    return rng.choice((f"at {spoken} on {day}", f"on {day} at {spoken}")), f"{day[:3]} {hour:02d}:00"
 
 
 def held_out(verb: str, service: str) -> bool:
     """Whether this pair belongs to the test set: every fifth of them, so each verb and each service is split."""
-    return (list(VERBS).index(verb) + SERVICES.index(service)) % 5 == 0
+    return (VERBS.index(verb) + SERVICES.index(service)) % 5 == 0
 
 
-def examples(rng: random.Random, services: tuple[str, ...], wanted: Callable[[str, str], bool]) -> Iterator[Argument]:
-    """Endless pairs (request, command) over the wanted pairs of verb and service."""
+def examples(rng: random.Random, pairs: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Endless (request, command) over some pairs of verb and service."""
     while True:
-        verb, service = rng.choice(list(VERBS)), rng.choice(services)
-        if not wanted(verb, service):
-            continue
-        argument, phrases = VERBS[verb]
+        verb, service = rng.choice(pairs)
         env, env_code = rng.choice(list(ENVIRONMENTS.items()))
-        spoken, written = argument(rng)
-        when, when_code = moment(rng) if verb != "logs" and rng.random() < 0.6 else nothing(rng)
-        request = rng.choice(phrases).format(service=service, env=env, arg=spoken)
-        yield f"{request} {when}".strip(), " ".join(filter(None, (verb, f"{service}@{env_code}", written, when_code)))
+        name, spoken, written = argument(verb, rng)
+        when, when_code = moment(rng) if verb in NOW_OR_LATER and rng.random() < 0.6 else ("", "")
+        request = rng.choice(PHRASES[verb]).format(service=service, env=env, **{name: spoken})
+        command = (verb, f"{service}@{env_code}", written, when_code)
+        yield f"{request} {when}".strip(), " ".join(filter(None, command))
 
 
-def take(pairs: Iterator[Argument], number: int, seen: set[str]) -> list[Argument]:
+def take(pairs: Iterator[tuple[str, str]], number: int, seen: set[str]) -> list[tuple[str, str]]:
     """The next `number` pairs whose request is not in `seen`, which grows."""
-    taken: list[Argument] = []
+    taken: list[tuple[str, str]] = []
     while len(taken) < number:
         pair = next(pairs)
         if pair[0] not in seen:
@@ -102,7 +118,7 @@ def take(pairs: Iterator[Argument], number: int, seen: set[str]) -> list[Argumen
     return taken
 
 
-def write(path: Path, pairs: list[Argument]) -> None:
+def write(path: Path, pairs: list[tuple[str, str]]) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for request, command in pairs:
             roles = (("system", SYSTEM), ("user", request), ("assistant", command))
@@ -116,10 +132,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
+    known = [(verb, service) for verb in VERBS for service in SERVICES]
+    new = [(verb, service) for verb in VERBS for service in NEW_SERVICES]
     seen: set[str] = set()
-    train = take(examples(rng, SERVICES, lambda verb, service: not held_out(verb, service)), TRAIN_SIZE, seen)
-    test = take(examples(rng, SERVICES, held_out), TEST_SIZE // 2, seen)
-    test += take(examples(rng, NEW_SERVICES, lambda verb, service: True), TEST_SIZE - len(test), seen)
+    train = take(examples(rng, [pair for pair in known if not held_out(*pair)]), TRAIN_SIZE, seen)
+    test = take(examples(rng, [pair for pair in known if held_out(*pair)]), TEST_SIZE // 2, seen)
+    test += take(examples(rng, new), TEST_SIZE - len(test), seen)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     write(arguments.folder / "quickstart-train.jsonl", train)
     write(arguments.folder / "quickstart-test.jsonl", test)
