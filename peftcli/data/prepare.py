@@ -59,12 +59,6 @@ def prepare(
     Raises:
         InputError: the first row or file that can't be used as it is, or data of which nothing is left to learn.
     """
-    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        raise InputError(
-            f"the tokenizer's vocabulary has {tokenizer.vocab_size} tokens, but the model embeds only {vocab_size}",
-            field="model.name_or_path",
-            fix="use the tokenizer the model was trained with",
-        )
     encoder = Encoder(tokenizer, data.loss_on)
     read = _Reader(data, encoder, bool(tokenizer.chat_template), progress).read
     generator = np.random.default_rng(seed)
@@ -80,7 +74,7 @@ def prepare(
     prepared = Prepared(
         train.dataset,
         held_out.dataset if held_out else None,
-        _report(train, held_out, encoder, tokenizer, choose_pad(tokenizer, vocab_size)),
+        _report(train, held_out, encoder, tokenizer, choose_pad(tokenizer)),
     )
     _write(prepared, folder)
     return prepared

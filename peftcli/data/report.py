@@ -114,12 +114,9 @@ class DataReport:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
-def choose_pad(tokenizer: Any, vocab_size: int | None) -> int:
+def choose_pad(tokenizer: Any) -> int:
     """The id that fills up short samples. Which one does not matter: padding is told by position, never by id."""
-    for index in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if index is not None and (vocab_size is None or index < vocab_size):
-            return index
-    return 0
+    return next(index for index in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if index is not None)
 
 
 def audit(notes: Notes, tokenizer: Any, pad_token_id: int, sources: list[SourceReport]) -> list[Fact]:
