@@ -35,6 +35,7 @@ class Audit:
         file: its weights' header.
         base: the base model's facts, if it is on this machine.
         modules: what was made out of each adapted module's tensors, by its path.
+        contents: the tensors, sorted by what their names say.
         copies: tensors of what is trained in full (`modules_to_save`, biases, embeddings), by key.
         values: what each float tensor's values look like, by key.
         errors: what makes the adapter unusable or wrong.
@@ -46,6 +47,7 @@ class Audit:
     file: TensorFile
     base: BaseFacts | None
     modules: dict[str, Fit]
+    contents: Contents
     copies: dict[str, TensorInfo]
     values: dict[str, Values]
     errors: list[InputError]
@@ -69,6 +71,7 @@ def audit_folder(folder: Path, *, base: Path | None = None) -> Audit:
     contents = Contents({}, {}, [])
     fits: dict[str, Fit] = {}
     copies: dict[str, TensorInfo] = {}
+    _check_start(config, findings)
     if isinstance(config, TunerConfig):
         contents = sort_out(file, config, findings)
         try:
@@ -77,7 +80,18 @@ def audit_folder(folder: Path, *, base: Path | None = None) -> Audit:
             findings.add(error, folder / CONFIG_NAME)
         copies = check_copies(config, contents.others, fits, facts, findings, folder)
     values = check_values(file, contents, fits, findings)
-    return Audit(folder, config, file, facts, fits, copies, values, findings.errors, findings.doubts)
+    return Audit(folder, config, file, facts, fits, contents, copies, values, findings.errors, findings.doubts)
+
+
+def _check_start(config: PeftConfig, findings: Findings) -> None:
+    """PiSSA, OLoRA and the like move a part of the base into the adapter; a plain base needs the converted form."""
+    start = getattr(config, "init_lora_weights", None)
+    if config.stored() is not config:
+        findings.error(
+            f"`init_lora_weights` is {printable(repr(start), 60)}, saved without conversion: the base must lose what the "
+            "adapter started from, or that counts twice",
+            fix="save it with peftcli, or with PEFT's path_initial_model_for_weight_conversion",
+        )
 
 
 def locate(folder: Path) -> Path:

@@ -101,7 +101,7 @@ def find_base(name: str | None, revision: str | None, *, beside: Path) -> Path |
         return None
     for candidate in (Path(name), beside / name):
         if _is_file(candidate / "config.json"):
-            return candidate
+            return Path(os.path.normpath(candidate))
     if HUB_ID.fullmatch(name) is None:
         return None
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
