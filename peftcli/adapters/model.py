@@ -19,6 +19,7 @@ from peftcli.adapters.attach import attach
 from peftcli.adapters.config import PeftConfig, TaskType, TunerConfig, read_config
 from peftcli.adapters.context import check_adapter_names
 from peftcli.adapters.engine import Attached, attached_to
+from peftcli.adapters.tuner import Tuner
 from peftcli.errors import InputError
 
 HEADS: dict[TaskType | None, list[str]] = {
@@ -27,73 +28,6 @@ HEADS: dict[TaskType | None, list[str]] = {
     TaskType.QUESTION_ANS: ["qa_outputs"],
 }
 """Heads that a task trains in full: the base was published without them."""
-
-
-class Tuner(nn.Module):
-    """The adapters of one model, and the model (`model`)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    @property
-    def attached(self) -> Attached:
-        attached = attached_to(self.model)
-        if attached is None:
-            raise InputError("the adapters of this model were unloaded")
-        return attached
-
-    def attach(self, config: PeftConfig, name: str, **options: Any) -> None:
-        for key, bank in attach(self.model, config, name, **options).shared.items():
-            self.add_module(key, bank)  # so that `base_model.vera_A` is found where PEFT has it
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(self.model, name)
-
-    # PEFT's names for what the engine does
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold adapters (the active ones by default) into the base weights in place."""
-        self.attached.merge(adapter_names, safe_merge=safe_merge)
-
-    def unmerge_adapter(self) -> None:
-        """Bring the base weights back, bit for bit."""
-        self.attached.unmerge()
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        """The user's model with the adapters folded in and nothing of ours left."""
-        return self.attached.unload(merge=True, names=adapter_names, safe_merge=safe_merge)
-
-    def unload(self) -> nn.Module:
-        """The user's model as it was, without adapters."""
-        return self.attached.unload(merge=False)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter without a trace."""
-        self.attached.delete(adapter_name)
-        for key, bank in self.attached.shared.items():
-            if not len(bank):
-                self._modules.pop(key, None)
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one adapter, or several composed, the active ones."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self.attached.set_active(names, trainable=not inference_mode)
-
-    def enable_adapter_layers(self) -> None:
-        self.attached.enable(True)
-
-    def disable_adapter_layers(self) -> None:
-        self.attached.enable(False)
 
 
 class PeftModel(nn.Module):

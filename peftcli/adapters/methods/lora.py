@@ -179,7 +179,7 @@ class Lora(LowRankAdapter):
     def initialize(self, p: Tensors) -> Tensor | None:
         how = self.config.init_lora_weights
         embedding = self.shape.kind == "embedding"
-        a, b = self._pair(p)
+        a, b = self.pair(p)
         if self._keeps_start:
             self.regenerate(p)
             a.copy_(p.lora_A_start.reshape(a.shape))
@@ -200,7 +200,7 @@ class Lora(LowRankAdapter):
             p.lora_A_start.copy_(a)
             p.lora_B_start.copy_(b)
         if self.config.init_lora_weights == "loftq":
-            a, b = (torch.empty_like(factor) for factor in self._pair(p))
+            a, b = (torch.empty_like(factor) for factor in self.pair(p))
             return self._quantize(a, b)
         return None
 
@@ -215,13 +215,14 @@ class Lora(LowRankAdapter):
         b.copy_(b_start.reshape(b.shape))
         return quantized.to(weight.dtype)
 
-    def _pair(self, p: Tensors) -> tuple[Tensor, Tensor]:
+    def pair(self, p: Tensors) -> tuple[Tensor, Tensor]:
+        """A and B as they are stored."""
         if self.shape.kind == "embedding":
             return p.lora_embedding_A, p.lora_embedding_B
         return p.lora_A, p.lora_B
 
     def factors(self, p: Tensors) -> tuple[Tensor, Tensor]:
-        a, b = (factor.flatten(1) for factor in self._pair(p))
+        a, b = (factor.flatten(1) for factor in self.pair(p))
         if self._keeps_start:
             a, b = torch.cat([a, p.lora_A_start]), torch.cat([b, -p.lora_B_start], dim=1)
         return a, b * self.scaling

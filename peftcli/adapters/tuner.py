@@ -1,0 +1,116 @@
+"""`Tuner`: what PEFT calls `model.base_model`. It holds the user's model (`model`) and speaks PEFT's names for the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn  # noqa: TID253
+
+from peftcli.adapters.attach import attach
+from peftcli.adapters.config import PeftConfig
+from peftcli.adapters.engine import Attached, attached_to
+from peftcli.adapters.weighted import Svd, add_weighted_ia3, add_weighted_lora
+from peftcli.errors import InputError
+from peftcli.merging.operators import SignMethod
+
+
+class Tuner(nn.Module):
+    """The adapters of one model, and the model (`model`)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def attached(self) -> Attached:
+        attached = attached_to(self.model)
+        if attached is None:
+            raise InputError("the adapters of this model were unloaded")
+        return attached
+
+    def attach(self, config: PeftConfig, name: str, **options: Any) -> None:
+        attach(self.model, config, name, **options)
+        self._adopt_shared()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    # PEFT's names for what the engine does
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters (the active ones by default) into the base weights in place."""
+        self.attached.merge(adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Bring the base weights back, bit for bit."""
+        self.attached.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The user's model with the adapters folded in and nothing of ours left."""
+        return self.attached.unload(merge=True, names=adapter_names, safe_merge=safe_merge)
+
+    def unload(self) -> nn.Module:
+        """The user's model as it was, without adapters."""
+        return self.attached.unload(merge=False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter without a trace."""
+        self.attached.delete(adapter_name)
+        for key, bank in self.attached.shared.items():
+            if not len(bank):
+                self._modules.pop(key, None)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several composed, the active ones."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self.attached.set_active(names, trainable=not inference_mode)
+
+    def enable_adapter_layers(self) -> None:
+        self.attached.enable(True)
+
+    def disable_adapter_layers(self) -> None:
+        self.attached.enable(False)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: SignMethod = "total",
+    ) -> None:
+        """Add a frozen adapter that combines others: LoRA by any combination type, IA3 by the weighted sum of vectors.
+
+        `svd_full_matrices` is accepted and not used: the truncated factors are the same without the full matrices.
+        """
+        kinds = {self.attached.configs[name].peft_type for name in adapters if name in self.attached.configs}
+        if kinds <= {"LORA"}:
+            svd = Svd(svd_rank, svd_clamp, svd_driver)
+            add_weighted_lora(
+                self.attached, adapters, weights, adapter_name, combination_type, svd, density, majority_sign_method
+            )
+        elif kinds == {"IA3"}:
+            add_weighted_ia3(self.attached, adapters, weights, adapter_name)
+        else:
+            raise InputError(f"{', '.join(sorted(kinds))} adapters can't be combined", allowed="LORA, IA3")
+        self._adopt_shared()
+
+    def _adopt_shared(self) -> None:
+        """Register tensors kept once a model where PEFT has them (`base_model.vera_A`)."""
+        for key, bank in self.attached.shared.items():
+            self.add_module(key, bank)
