@@ -107,8 +107,12 @@ def _groups(*groups: tuple[list[nn.Parameter], float, float]) -> list[Group]:
 # -- optimizers -----------------------------------------------------------------------------------------------------
 
 
+# Groups carry their own rate; the default is set as well, since some of transformers' schedules read it.
+
+
 def _adam_arguments(settings: TrainingSection) -> dict[str, Any]:
-    return {"betas": (settings.adam_beta1, settings.adam_beta2), "eps": settings.adam_epsilon}
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    return {"lr": settings.learning_rate, "betas": betas, "eps": settings.adam_epsilon}
 
 
 def _adamw(groups: list[Group], settings: TrainingSection) -> Optimizer:
@@ -120,13 +124,13 @@ def _adamw_fused(groups: list[Group], settings: TrainingSection) -> Optimizer:
 
 
 def _sgd(groups: list[Group], settings: TrainingSection) -> Optimizer:
-    return SGD(groups)
+    return SGD(groups, lr=settings.learning_rate)
 
 
 def _adafactor(groups: list[Group], settings: TrainingSection) -> Optimizer:
     from transformers.optimization import Adafactor
 
-    return Adafactor(groups, scale_parameter=False, relative_step=False)
+    return Adafactor(groups, lr=settings.learning_rate, scale_parameter=False, relative_step=False)
 
 
 def _bitsandbytes(name: str) -> Builder:
@@ -178,7 +182,7 @@ def build_scheduler(optimizer: Optimizer, settings: TrainingSection, steps: int)
         )
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"the schedule {settings.lr_scheduler_type} does not take these: {error}",
+            f"the schedule {settings.lr_scheduler_type} refuses them: {error}",
             field="training.lr_scheduler_kwargs",
         ) from error
 
