@@ -19,7 +19,9 @@ class LazyModule(ModuleType):
     def __getattr__(self, attribute: str) -> Any:
         if attribute.startswith("__"):  # introspection (inspect, doctest, pickle) must not trigger the import
             raise AttributeError(attribute)
-        return getattr(importlib.import_module(self.__name__), attribute)
+        value = getattr(importlib.import_module(self.__name__), attribute)
+        setattr(self, attribute, value)  # found without this call next time
+        return value
 
 
 if TYPE_CHECKING:

@@ -85,6 +85,6 @@ def _layer_list(model: nn.Module) -> tuple[nn.Module, str]:
     inner: Any = getattr(model, "base_model", model)
     for owner in (inner, getattr(inner, "encoder", None), getattr(inner, "decoder", None)):
         for name in LIST_NAMES:
-            if isinstance(getattr(owner, name, None), nn.ModuleList):
+            if isinstance(owner, nn.Module) and isinstance(getattr(owner, name, None), nn.ModuleList):
                 return owner, name
     raise InputError(f"{type(model).__name__} has no list of layers to replicate", field="layer_replication")

@@ -170,10 +170,9 @@ class Lora(LowRankAdapter):
         if not self._keeps_start:
             return {}
         out_features, in_features = self.shape.matrix
-        kept = {"trainable": False, "saved": False}
         return {
-            "lora_A_start": TensorSpec((self.r, in_features), **kept),
-            "lora_B_start": TensorSpec((out_features, self.r), **kept),
+            "lora_A_start": TensorSpec((self.r, in_features), trainable=False, saved=False),
+            "lora_B_start": TensorSpec((out_features, self.r), trainable=False, saved=False),
         }
 
     def initialize(self, p: Tensors) -> Tensor | None:
