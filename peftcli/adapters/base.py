@@ -256,17 +256,22 @@ class TransformAdapter(Adapter):
 
     @property
     def acts_on_inputs(self) -> bool:
-        """Whether the method writes `before`."""
+        """Whether there is a `before`."""
         return type(self).before is not TransformAdapter.before
+
+    @property
+    def acts_on_outputs(self) -> bool:
+        """Whether there is an `after`."""
+        return type(self).after is not TransformAdapter.after
 
     def merged_weight(self, p: Tensors, weight: Tensor) -> Tensor:
         columns = weight.T
         if self.acts_on_inputs:  # rows of the identity are the unit inputs: pushed through, they give the columns
             columns = self.before(p, torch.eye(len(columns), dtype=weight.dtype, device=weight.device)) @ columns
-        return self.after(p, columns).T
+        return (self.after(p, columns) if self.acts_on_outputs else columns).T
 
     def merged_bias(self, p: Tensors, bias: Tensor) -> Tensor:
-        return self.after(p, bias.unsqueeze(0)).squeeze(0) if self.transforms_bias else bias
+        return self.after(p, bias.unsqueeze(0)).squeeze(0) if self.acts_on_outputs and self.transforms_bias else bias
 
 
 def fill(tensor: Tensor, init: Init, generator: torch.Generator | None = None) -> None:

@@ -225,6 +225,8 @@ class AdapterLayer(nn.Module):
             p = self._pass_tensors(name, dropping=self.training)
             inputs = self._in_precision_of(p, adapter.before, x) if adapter.acts_on_inputs else x
             y = self._compose(rest, inputs, *args[1:], **kwargs)
+            if not adapter.acts_on_outputs:
+                return y
             bias = None if adapter.transforms_bias else self._bias(rest)
             if bias is None:
                 return self._in_precision_of(p, adapter.after, y)

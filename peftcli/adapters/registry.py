@@ -26,7 +26,9 @@ class Method:
 METHODS: dict[str, Method] = {
     "LORA": Method("lora", "LoraConfig", "Lora"),
     "IA3": Method("ia3", "IA3Config", "Ia3"),
+    "OFT": Method("oft", "OFTConfig", "Oft"),
     "LOHA": Method("loha", "LoHaConfig", "LoHa"),
+    "LOKR": Method("lokr", "LoKrConfig", "LoKr"),
 }
 
 

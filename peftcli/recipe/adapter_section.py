@@ -25,6 +25,7 @@ ELSEWHERE = {
     "revision": "set model.revision",
     "auto_mapping": "leave it out: it belongs to saved files",
     "inference_mode": "leave it out: it belongs to saved files",
+    "peft_version": "leave it out: it belongs to saved files",
 }
 """Fields of PEFT's configs that a recipe says in another place."""
 

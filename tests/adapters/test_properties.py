@@ -55,11 +55,19 @@ ROWS = [
     Row("LORA", {"r": 4, "use_dora": True}),
     Row("IA3", {"feedforward_modules": []}),
     Row("IA3", {"feedforward_modules": ["site"]}),
+    Row("OFT", {"oft_block_size": 8}, without=("conv2d_grouped",)),
+    Row("OFT", {"r": 2, "oft_block_size": 0, "use_cayley_neumann": False, "coft": True, "eps": 0.5}),
+    Row("OFT", {"oft_block_size": 2, "block_share": True, "module_dropout": 0.1}),
+    Row("OFT", {"r": 4}),
+    Row("OFT", {"r": 3, "block_share": True, "coft": True, "eps": 0.05}),
     Row("LORA", {"r": 4, "init_lora_weights": "pissa"}),
     Row("LORA", {"r": 4, "init_lora_weights": "pissa_niter_4", "use_rslora": True}),
     Row("LORA", {"r": 4, "init_lora_weights": "olora", "use_dora": True}),
     Row("LOHA", {"r": 4, "alpha": 6}),
     Row("LOHA", {"r": 4, "use_effective_conv2d": True}),
+    Row("LOKR", {"r": 4, "alpha": 6}),
+    Row("LOKR", {"r": 1, "decompose_both": True, "decompose_factor": 4, "init_weights": "lycoris"}),
+    Row("LOKR", {"r": 1, "use_effective_conv2d": True}),
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")

@@ -63,6 +63,14 @@ class Ia3(TransformAdapter):
         names = self.config.feedforward_modules or set()
         return matches(names, self.shape.name, field="feedforward_modules")
 
+    @property
+    def acts_on_inputs(self) -> bool:
+        return self.is_feedforward
+
+    @property
+    def acts_on_outputs(self) -> bool:
+        return not self.is_feedforward
+
     def tensors(self) -> dict[str, TensorSpec]:
         shape = self.shape
         features = shape.in_features if self.is_feedforward else shape.out_features
@@ -80,7 +88,7 @@ class Ia3(TransformAdapter):
         return (by_channel * p.ia3_l.reshape(groups, 1, -1, 1)).reshape_as(weight)
 
     def before(self, p: Tensors, x: Tensor) -> Tensor:
-        return x * p.ia3_l.flatten() if self.is_feedforward else x
+        return x * p.ia3_l.flatten()
 
     def after(self, p: Tensors, y: Tensor) -> Tensor:
-        return y if self.is_feedforward else y * p.ia3_l.flatten()
+        return y * p.ia3_l.flatten()
