@@ -149,9 +149,9 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _show_items(items: list[Item]) -> None:
     for item in items:
-        texts = {"prompt": item.prompt, "expected": item.expected, "base": item.base, "tuned": item.tuned}
+        texts = {"question": item.question, "expected": item.expected, "base": item.base, "tuned": item.tuned}
         for name, text in texts.items():
-            console.say(f"  {name:<8}  {_one_line(text, from_end=name == 'prompt')}")
+            console.say(f"  {name:<8}  {_one_line(text, from_end=name == 'question')}")
         console.say()
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peftcli.data.collate import collate
+from peftcli.data.report import choose_pad
 from peftcli.errors import InputError
 from peftcli.evaluation import metrics as known
 from peftcli.evaluation.answers import Answer, answers, end_tokens
@@ -51,10 +52,13 @@ class Item:
     """One question with what was expected and what both wrote.
 
     Args:
+        prompt: what the model was given, control tokens and all.
+        question: the same without them, for people.
         base_scores, tuned_scores: by metric of answers, 0 to 1.
     """
 
     prompt: str
+    question: str
     expected: str
     base: str
     tuned: str
@@ -130,7 +134,7 @@ def compare(
             fix="use data with prompts and answers (loss_on: assistant), or the metrics loss, perplexity",
         )
     model.eval()
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    pad = choose_pad(tokenizer)
     stop = end_tokens(found, tokenizer)
     limit = max_new_tokens or max((len(answer.expected) for answer in found), default=0) + MIN_EXTRA_TOKENS
     scores, texts = {}, {}
@@ -184,6 +188,7 @@ def _items(found: list[Answer], texts: dict[str, list[str]], tokenizer: Any, ask
         items.append(
             Item(
                 prompt=tokenizer.decode(answer.prompt.tolist()),
+                question=tokenizer.decode(answer.prompt.tolist(), skip_special_tokens=True),
                 expected=expected,
                 base=base,
                 tuned=tuned,

@@ -45,13 +45,10 @@ class Subject:
 
     def load(self) -> tuple[Any, Any]:
         """The base with its adapter, in eval mode, and the tokenizer."""
-        import torch
-
         from peftcli import PeftModel
         from peftcli.training.model import load_base, load_tokenizer
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        base = load_base(self.model, self.quantization, device=device, dtype=self.model.dtype)
+        base = load_base(self.model, self.quantization)
         return PeftModel.from_pretrained(base, self.adapter), load_tokenizer(self.model)
 
     def data(
