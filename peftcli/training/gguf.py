@@ -1,0 +1,172 @@
+"""Base models in GGUF files: found in an installed Python package, dequantised once, kept in a cache as safetensors.
+
+A GGUF's blocks are not trained on directly: adapters need gradients through the base, and transformers unpacks the blocks
+to do that. Unpacked values are kept in float32. They are not exact in bfloat16 (a Q4 value is a 4-bit number times a
+16-bit scale), and bfloat16 is slow on CPUs that do not multiply it (measured: 5 times slower than float32 with AVX-512,
+20 times with AVX2). `model.dtype` in the recipe still decides what they are loaded as.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+from contextlib import redirect_stderr
+from functools import lru_cache
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from peftcli.errors import InputError, RunError, printable
+from peftcli.files import open_regular
+from peftcli.training.quiet import quiet_transformers
+from peftcli.training.tokenizer import choose_pad
+
+PACKAGE = "package:"
+CACHE = "PEFTCLI_CACHE"
+"""Environment variable that names the cache folder; ~/.cache/peftcli when unset."""
+
+FORMAT = 1
+"""Part of the cache key: a conversion that gives something else has another number."""
+
+log = logging.getLogger(__name__)
+
+
+def package_file(name: str) -> Path:
+    """The one .gguf file inside an installed Python package, which is looked up and never imported.
+
+    Args:
+        name: of the package to import, or its name on PyPI where the two differ only in dashes.
+
+    Raises:
+        InputError: if the package is not installed, or has no such file, or several.
+    """
+    module = name.replace("-", "_")
+    # A name with dots would import the packages around it.
+    spec = find_spec(module) if module.isidentifier() else None
+    if spec is None:
+        raise InputError(
+            f"there is no installed Python package {printable(name)!r}",
+            field="model.name_or_path",
+            fix=f"pip install {printable(name)}" if module.isidentifier() else "give a top-level package",
+        )
+    files = sorted(file for folder in spec.submodule_search_locations or () for file in Path(folder).rglob("*.gguf"))
+    if len(files) != 1:
+        raise InputError(
+            f"the package {printable(name)} holds {len(files)} .gguf files",
+            field="model.name_or_path",
+            allowed=", ".join(printable(file) for file in files) or "a package that carries a model as one .gguf file",
+            fix="name one of them by its path" if files else None,
+        )
+    return files[0]
+
+
+def converted(file: Path) -> Path:
+    """The folder with `file` as a transformers model, made now if it isn't in the cache.
+
+    The folder appears whole or not at all: it is written beside its place and renamed, so a killed process leaves only a
+    temporary folder behind, and of two processes that convert at once the second one's work is dropped.
+
+    Raises:
+        InputError: if the file is no GGUF model transformers knows.
+        RunError: if the cache can't be written.
+    """
+    folder = _cache() / _key(file)
+    if folder.is_dir():
+        return folder
+    partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    log.info("converting %s, once, to %s", file, folder)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        _convert(file, partial)
+        _publish(partial, folder)
+    except OSError as error:
+        raise RunError(f"{folder}: the converted model can't be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    for path in partial.iterdir():
+        path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was quicker
+            raise
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
+def _cache() -> Path:
+    chosen = os.environ.get(CACHE)
+    return (Path(chosen) if chosen else Path.home() / ".cache" / "peftcli") / "bases"
+
+
+def _key(file: Path) -> str:
+    """Readable and unique: the file's name and a hash of its content."""
+    with open_regular(file) as stream:
+        if stream.read(4) != b"GGUF":
+            raise InputError("is no GGUF file", place=file, field="model.name_or_path")
+    state = file.stat()
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", file.stem)[:60].lstrip(".")
+    return f"{name}-{_digest(file, state.st_size, state.st_mtime_ns)[:16]}-{FORMAT}"
+
+
+@lru_cache
+def _digest(file: Path, size: int, modified: int) -> str:
+    """SHA-256 of the file, computed once a process."""
+    digest = hashlib.sha256()
+    with open_regular(file) as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Write model, tokenizer with chat template, and generation settings."""
+    model, tokenizer = _unpacked(file)
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        tokenizer.pad_token = choose_pad(tokenizer, model.config.vocab_size)
+    for settings in (model.config, model.generation_config):
+        settings.bos_token_id = tokenizer.bos_token_id
+        settings.eos_token_id = tokenizer.eos_token_id
+        settings.pad_token_id = tokenizer.pad_token_id
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _unpacked(file: Path) -> tuple[Any, Any]:
+    """Model and tokenizer, every weight a plain float32 tensor."""
+    import torch
+    import transformers
+
+    arguments: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    settings: dict[str, Any] = {"dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # versions that could leave the blocks packed
+        settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        # The loader draws a progress bar with tqdm, whatever transformers' logging is told.
+        with quiet_transformers(), redirect_stderr(StringIO()):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **arguments)
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **arguments, **settings)
+    except ImportError as error:
+        raise InputError(
+            f"reading a .gguf file needs another package: {printable(error)}", place=file, fix="pip install gguf"
+        ) from error
+    except Exception as error:  # the reader of a broken file may stumble anywhere
+        raise InputError(
+            f"can't be read as a GGUF model: {printable(error) or type(error).__name__}",
+            place=file,
+            fix="the architectures transformers can read are listed in its GGUF documentation",
+        ) from error
+    return model, tokenizer

@@ -1,0 +1,63 @@
+"""Where a base model is: a folder, a .gguf file, a Python package that carries one, or the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from peftcli.errors import InputError, printable
+from peftcli.training.gguf import PACKAGE, converted, package_file
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+HUB_UNUSED = ["*/*", "consolidated*"]
+"""Folders of other formats, and Mistral's second copy of the weights."""
+
+
+def resolve_base(name_or_path: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Path:
+    """The folder of a base model; downloaded or converted if need be.
+
+    Args:
+        name_or_path: a folder, a .gguf file, `package:NAME` (the .gguf file in an installed Python package), or a hub id.
+        revision: branch, tag or commit, for a hub id.
+        trust_remote_code: fetch the Python files of a hub id, too.
+
+    Raises:
+        InputError: if there is no such base, or it can't be had.
+    """
+    if name_or_path.startswith(PACKAGE):
+        return converted(package_file(name_or_path.removeprefix(PACKAGE)))
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf" and path.is_file():
+        return converted(path)
+    if HUB_ID.fullmatch(name_or_path) is None:
+        raise InputError(
+            f"{printable(name_or_path)} is neither a folder nor a .gguf file",
+            field="model.name_or_path",
+            allowed=f"a hub id, a folder, a .gguf file, or {PACKAGE}NAME",
+        )
+    return _snapshot(name_or_path, revision, HUB_FILES + ["*.py"] * trust_remote_code)
+
+
+def _snapshot(name: str, revision: str | None, files: list[str]) -> Path:
+    from huggingface_hub import constants, errors, snapshot_download
+
+    def refuse(problem: str, fix: str) -> InputError:
+        return InputError(f"{printable(name)} {problem}", field="model.name_or_path", fix=fix)
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=HUB_UNUSED))
+    except errors.GatedRepoError as error:
+        raise refuse("is gated", "ask for access on its page, then: hf auth login") from error
+    except errors.RevisionNotFoundError as error:
+        raise refuse(f"has no revision {printable(revision)}", "name one that its page lists") from error
+    except errors.RepositoryNotFoundError as error:
+        raise refuse("is no model on the hub", "check the name; for a private one: hf auth login") from error
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        if constants.is_offline_mode():
+            problem = "is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it"
+        else:
+            problem = f"can't be fetched from the hub: {printable(error)}"
+        raise refuse(problem, "fetch it where there is a network: hf download " + printable(name)) from error

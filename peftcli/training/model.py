@@ -1,0 +1,280 @@
+"""The base model of a run: where it is, whether it can be trusted and trained, and how it is loaded.
+
+A base is data. Its config is read strictly and cleaned before transformers sees it: Python code that comes with it is
+run only if the recipe says so, attention kernels it names are not fetched, an adapter that lies in its folder is not
+loaded along. What can't work is refused by name before memory is allocated.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch  # noqa: TID253
+
+from peftcli.adapters.base_facts import BaseFacts
+from peftcli.adapters.config import CONFIG_NAME as ADAPTER_CONFIG
+from peftcli.errors import InputError, InputErrors, RunError, nearest, printable
+from peftcli.training.base_checks import CONFIG, check_base, needs_remote_code
+from peftcli.training.locate import resolve_base
+from peftcli.training.quiet import quiet_transformers
+from peftcli.training.tokenizer import read_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from peftcli.recipe.schema import ModelSection, QuantizationSection
+
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""transformers' class for each task type."""
+
+GENERATIVE = frozenset({"CAUSAL_LM", "SEQ_2_SEQ_LM"})
+"""Task types whose head comes with the base; others start with a fresh one."""
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
+@dataclass(frozen=True)
+class OpenedBase:
+    """A base that was found and checked, of which no weight has been read.
+
+    Attributes:
+        section: the recipe's section.
+        facts: its config and the headers of its weights.
+        config: transformers' config, cleaned.
+        dtype: what the weights are loaded as.
+    """
+
+    section: ModelSection
+    facts: BaseFacts
+    config: PreTrainedConfig
+    dtype: torch.dtype
+
+    def empty(self) -> PreTrainedModel:
+        """The model without its weights, on whatever device is current: `meta`, or fake tensors of a real one.
+
+        Raises:
+            InputErrors: listing every weight whose shape is not the checkpoint's.
+        """
+        with _explained(self.section, self.facts), quiet_transformers():
+            model = self.auto_class.from_config(
+                self.config, dtype=self.dtype, attn_implementation=self.section.attn_implementation
+            )
+        _name(model, self.section.name_or_path)
+        if problems := list(_shape_problems(model, self.facts)):
+            raise InputErrors(problems)
+        return model
+
+    @property
+    def auto_class(self) -> Any:
+        import transformers
+
+        return getattr(transformers, AUTO_CLASSES[self.section.task_type])
+
+
+def open_base(model: ModelSection) -> OpenedBase:
+    """Find and check a base; its config, cleaned.
+
+    Raises:
+        InputErrors: with everything that is wrong with it.
+    """
+    folder = resolve_base(model.name_or_path, model.revision, trust_remote_code=model.trust_remote_code)
+    facts = check_base(folder, trust_remote_code=model.trust_remote_code)
+    config = _read_config(facts, model.trust_remote_code)
+    dtype = _stored_dtype(facts, config) if model.dtype == "auto" else getattr(torch, model.dtype)
+    return OpenedBase(model, facts, config, dtype)
+
+
+def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with its chat template and a pad token.
+
+    Raises:
+        InputError: if the base or its tokenizer can't be used.
+    """
+    base = open_base(model)
+    return read_tokenizer(base.facts, trust_remote_code=model.trust_remote_code)
+
+
+def meta_base(model: ModelSection) -> PreTrainedModel:
+    """The base on the meta device: every module and shape, no weights.
+
+    Raises:
+        InputErrors: if config and weights don't fit together, or the base can't be used.
+    """
+    with torch.device("meta"):
+        return open_base(model).empty()
+
+
+def load_base(
+    model: ModelSection, quantization: QuantizationSection | None = None, *, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """The base with its weights, in eval mode.
+
+    Args:
+        model: the recipe's section.
+        quantization: load the linear layers in 4 or 8 bits.
+        device: where to; `training_device()` when None.
+
+    Raises:
+        InputErrors: if it can't be used.
+        RunError: if it does not fit into memory.
+    """
+    device = torch.device(device) if device is not None else training_device()
+    base = open_base(model)
+    with torch.device("meta"):
+        base.empty()  # refuses shapes that don't fit before they are allocated
+    arguments: dict[str, Any] = {}
+    if device.type != "cpu":
+        arguments["device_map"] = {"": device}
+    if quantization is not None:
+        arguments["quantization_config"] = _bitsandbytes(quantization)
+    with _explained(model, base.facts), quiet_transformers(), _without_adapter(base.facts.folder) as folder:
+        loaded, report = base.auto_class.from_pretrained(
+            folder,
+            config=base.config,
+            dtype=base.dtype,
+            attn_implementation=model.attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **arguments,
+        )
+    _check_complete(loaded, report, model.task_type, base.facts)
+    _name(loaded, model.name_or_path)
+    return loaded.eval()
+
+
+def training_device() -> torch.device:
+    """The device of this process: under a launcher the card of its local rank."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _read_config(facts: BaseFacts, trust_remote_code: bool) -> PreTrainedConfig:
+    """transformers' config for the base, built from values that were read strictly."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    place = facts.folder / CONFIG
+    own_code = "auto_map" in facts.config
+    if own_code and trust_remote_code:
+        return AutoConfig.from_pretrained(facts.folder, trust_remote_code=True, local_files_only=True)
+    if (model_type := facts.model_type or "") not in CONFIG_MAPPING:
+        if own_code:
+            raise needs_remote_code(facts)
+        raise InputError(
+            f"unknown model type {printable(repr(facts.config.get('model_type')))}",
+            place=place,
+            field="model_type",
+            fix=f"{nearest(model_type, CONFIG_MAPPING)} a newer transformers may know it".strip(),
+        )
+    if own_code:
+        warnings.warn(f"{place}: auto_map is ignored; transformers' own {model_type} code is used", stacklevel=4)
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(_cleaned(facts.config))
+    except Exception as error:  # each model type checks in its own way
+        raise InputError(f"is no config of a {model_type}: {printable(error)}", place=place) from error
+
+
+def _cleaned(values: dict[str, Any]) -> dict[str, Any]:
+    """A config without what the base must not decide: private keys (kernels among them) and code of its own."""
+    unwanted = ("attn_implementation", "auto_map", "trust_remote_code", "use_kernels")
+    return {
+        key: _cleaned(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if not key.startswith("_") and key not in unwanted
+    }
+
+
+def _stored_dtype(facts: BaseFacts, config: PreTrainedConfig) -> torch.dtype:
+    """What most of the checkpoint's bytes are; the config's word where the checkpoint is quantised."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in facts.tensors.values():
+        if tensor.dtype in DTYPES:
+            dtype = DTYPES[tensor.dtype]
+            sizes[dtype] = sizes.get(dtype, 0) + tensor.nbytes
+    named = getattr(config, "dtype", None)
+    if not sizes or ("quantization_config" in facts.config and named is not None):
+        return named or torch.float32
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _shape_problems(model: PreTrainedModel, facts: BaseFacts) -> Iterator[InputError]:
+    if "quantization_config" in facts.config:
+        return  # packed weights have shapes of their own
+    for name, tensor in model.state_dict().items():
+        stored = facts.find(name)
+        if stored is not None and stored.shape != tuple(tensor.shape):
+            yield InputError(
+                f"has the shape {list(stored.shape)} in the checkpoint, but {CONFIG} makes it {list(tensor.shape)}",
+                place=facts.folder,
+                field=name,
+            )
+
+
+def _check_complete(model: PreTrainedModel, report: dict[str, Any], task_type: str, facts: BaseFacts) -> None:
+    """Every weight must come from the checkpoint, but for the fresh head of a classifier."""
+    inner = f"{model.base_model_prefix}."
+    missing = [name for name in report["missing_keys"] if task_type in GENERATIVE or name.startswith(inner)]
+    if missing:
+        raise InputErrors(InputError("is missing", place=facts.folder, field=printable(name)) for name in missing)
+    if unused := sorted(report["unexpected_keys"]):
+        warnings.warn(
+            f"{facts.folder}: {len(unused)} tensors of the checkpoint have no place in the model, "
+            f"{printable(unused[0])} for one",
+            stacklevel=3,
+        )
+
+
+def _bitsandbytes(quantization: QuantizationSection) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(**quantization.model_dump())
+
+
+def _name(model: PreTrainedModel, name: str) -> None:
+    """Let the model, and the adapters made for it, be known by the recipe's name, not by a folder in some cache."""
+    model.name_or_path = model.config.name_or_path = name
+
+
+@contextmanager
+def _without_adapter(folder: Path) -> Iterator[Path]:
+    """`folder`, or a view of it without the adapter that transformers would load along (where PEFT is installed)."""
+    if not (folder / ADAPTER_CONFIG).exists():
+        yield folder
+        return
+    with TemporaryDirectory() as view:
+        for item in folder.iterdir():
+            if item.name != ADAPTER_CONFIG:
+                (Path(view) / item.name).symlink_to(item.resolve())
+        yield Path(view)
+
+
+@contextmanager
+def _explained(section: ModelSection, facts: BaseFacts) -> Iterator[None]:
+    """Turn transformers' errors about a base into ours."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"{facts.folder}: the base does not fit into memory: {printable(error)}") from error
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise InputError(
+            f"can't be loaded as {AUTO_CLASSES[section.task_type]}: {printable(error, 600)}",
+            place=facts.folder,
+            field="model",
+        ) from error
