@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     "PeftConfig": "config",
     "TaskType": "config",
+    "PeftMixedModel": "mixed",
     "PeftModel": "model",
     "PeftModelForCausalLM": "model",
     "PeftModelForFeatureExtraction": "model",
@@ -20,6 +21,8 @@ _HOME = {
     "PeftModelForSeq2SeqLM": "model",
     "PeftModelForSequenceClassification": "model",
     "PeftModelForTokenClassification": "model",
+    "get_layer_status": "status",
+    "get_model_status": "status",
     "get_peft_model": "model",
     "get_peft_model_state_dict": "model",
     "inject_adapter_in_model": "model",

@@ -191,14 +191,15 @@ class Attached:
             if name in bank:
                 del bank[name]
         del self.configs[name]
-        if name in self.active:
-            left = [other for other in self.active if other != name] or sorted(self.configs)[:1]
-            if left and left != self.active:
-                warnings.warn(
-                    f"Adapter {name} was active which is now deleted. Setting active adapter to {left[0]}.",
-                    stacklevel=3,
-                )
-            self.set_active(left)
+        if name not in self.active:
+            return
+        left = [other for other in self.active if other != name]
+        if not left and self.configs:
+            left = [min(self.configs)]
+            warnings.warn(
+                f"Adapter {name} was active which is now deleted. Setting active adapter to {left[0]}.", stacklevel=3
+            )
+        self.set_active(left)
 
     def _known(self, name: str) -> None:
         if name not in self.configs:

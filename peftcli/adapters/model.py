@@ -19,6 +19,7 @@ from peftcli.adapters.attach import attach
 from peftcli.adapters.config import PeftConfig, TaskType, TunerConfig, read_config
 from peftcli.adapters.context import check_adapter_names
 from peftcli.adapters.engine import Attached, attached_to
+from peftcli.adapters.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from peftcli.adapters.tuner import Tuner
 from peftcli.errors import InputError
 
@@ -66,18 +67,21 @@ class PeftModel(nn.Module):
         initialize: bool = True,
     ) -> None:
         """Attach another adapter of the same method. The active adapter stays the active one."""
-        existing = self.peft_config
-        if existing and peft_config.peft_type not in {config.peft_type for config in existing.values()}:
-            other = next(iter(existing.values())).peft_type
-            raise InputError(
-                f"Cannot combine adapters with different peft types. Found {other} and {peft_config.peft_type}."
-            )
+        self._check_same_method(peft_config)
         if isinstance(peft_config, TunerConfig) and (heads := HEADS.get(_task(peft_config), [])):
             given = list(peft_config.modules_to_save or [])
             peft_config.modules_to_save = given + [head for head in heads if head not in given]
         self.base_model.attach(
             peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, initialize=initialize
         )
+
+    def _check_same_method(self, peft_config: PeftConfig) -> None:
+        others = {config.peft_type for config in self.peft_config.values()}
+        if others and peft_config.peft_type not in others:
+            raise InputError(
+                f"Cannot combine adapters with different peft types. Found {', '.join(others)} and "
+                f"{peft_config.peft_type}."
+            )
 
     def load_adapter(
         self,
@@ -138,6 +142,14 @@ class PeftModel(nn.Module):
     @property
     def peft_type(self) -> str:
         return self.active_peft_config.peft_type
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """What adapters each adapted layer has, and their state."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The same of all layers together."""
+        return get_model_status(self)
 
     def get_base_model(self) -> nn.Module:
         """The user's model (with the adapters still in it)."""
@@ -226,6 +238,11 @@ class PeftModel(nn.Module):
             checkpoint.save_adapter(self.base_model.attached, name, folder, save_embedding_layers=save_embedding_layers)
 
     @classmethod
+    def class_for(cls, config: PeftConfig) -> type[PeftModel]:
+        """The class a config's task asks for."""
+        return model_class(config)
+
+    @classmethod
     def from_pretrained(
         cls,
         model: nn.Module,
@@ -247,7 +264,7 @@ class PeftModel(nn.Module):
         config = config or read_config(folder / checkpoint.CONFIG_NAME)
         config.inference_mode = not is_trainable
         tensors = checkpoint.read_tensors(folder, allow_pickle=allow_pickle)
-        wrapper = model_class(config)(
+        wrapper = cls.class_for(config)(
             model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, initialize=False
         )
         try:
@@ -350,7 +367,13 @@ def get_peft_model(
         if peft_config.revision not in (None, revision):
             warnings.warn(f"peft config has already set base model revision to {peft_config.revision}", stacklevel=2)
         peft_config.revision = revision
-    return model_class(peft_config)(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+    if mixed:
+        from peftcli.adapters.mixed import PeftMixedModel
+
+        kind: type[PeftModel] = PeftMixedModel
+    else:
+        kind = model_class(peft_config)
+    return kind(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
 def get_peft_model_state_dict(
