@@ -126,6 +126,8 @@ def plan_sites(model: nn.Module, config: TunerConfig) -> list[tuple[Site, Adapte
         if site.kind == "attention":
             out = LinearSite(base[f"{path}.out_proj"], f"{path}.out_proj")
             planned.append((out, method(config, out.shape, out.weight)))
+    for _, adapter in planned:
+        adapter.tensors()  # refuses settings that do not fit its module
     return planned
 
 

@@ -27,6 +27,7 @@ METHODS: dict[str, Method] = {
     "LORA": Method("lora", "LoraConfig", "Lora"),
     "IA3": Method("ia3", "IA3Config", "Ia3"),
     "OFT": Method("oft", "OFTConfig", "Oft"),
+    "BOFT": Method("boft", "BOFTConfig", "Boft"),
     "LOHA": Method("loha", "LoHaConfig", "LoHa"),
     "LOKR": Method("lokr", "LoKrConfig", "LoKr"),
 }
