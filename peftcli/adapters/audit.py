@@ -6,6 +6,7 @@ dtype, not finite, or never trained. The base model's sizes are used if the base
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,12 @@ def audit_folder(folder: Path, *, base: Path | None = None) -> Audit:
     Raises:
         InputErrors: if config or weights can't be read at all; everything else is reported in the result.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # methods tell what they adjust while a model is built; here nothing is
+        return _audit(folder, base)
+
+
+def _audit(folder: Path, base: Path | None) -> Audit:
     weights = locate(folder)
     config, file = _read_both(folder / CONFIG_NAME, weights)
     findings = Findings(weights)

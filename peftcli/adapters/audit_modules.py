@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from peftcli.adapters.base import Adapter, SiteShape, TensorSpec
 from peftcli.adapters.base_facts import BaseFacts
 from peftcli.adapters.config import TunerConfig
 from peftcli.adapters.findings import Findings
-from peftcli.adapters.fit import KINDS, PROBE_IN, PROBE_OUT, Fit, Found, fit
+from peftcli.adapters.fit import KINDS, PROBES, Fit, Found, fit
 from peftcli.adapters.header import TensorFile, TensorInfo
 from peftcli.adapters.keys import PREFIX, Key, take_apart
 from peftcli.adapters.registry import adapter_class
@@ -63,9 +64,10 @@ def _ascii(name: str) -> str:
 def _parameter_names(cls: type[Adapter], config: TunerConfig) -> set[str]:
     """Every name the method may give a tensor, at whatever kind of module."""
     names: set[str] = set()
-    for kind in KINDS:
-        if kind in cls.kinds:
-            names |= cls(config, SiteShape("probe", kind, PROBE_IN, PROBE_OUT)).tensors().keys()
+    for kind in cls.kinds & set(KINDS):
+        for in_features, out_features in PROBES:
+            with suppress(InputError):  # a block size that does not divide the probe
+                names |= cls(config, SiteShape("probe", kind, in_features, out_features)).tensors().keys()
     return names
 
 

@@ -14,7 +14,10 @@ from peftcli.adapters.config import PeftConfig
 from peftcli.adapters.header import TensorInfo
 from peftcli.errors import InputError
 
-PROBE_IN, PROBE_OUT = 1 << 20, 1 << 22  # divisible by every usual block size, larger than any rank
+PROBES = ((1 << 20, 1 << 22), (4, 4))
+"""Sizes (in, out) to ask a method at: divisible by every usual block size, and smaller than most ranks (LoKr's tensors
+depend on that)."""
+
 KINDS: tuple[SiteKind, ...] = ("linear", "embedding", "conv")
 
 Found = dict[str, TensorInfo]
@@ -66,39 +69,57 @@ def _at(cls: type[Adapter], config: PeftConfig, shape: SiteShape, *, exact: bool
 
 
 def _solved(cls: type[Adapter], config: PeftConfig, module: str, found: Found) -> list[Fit]:
-    """One fit for each kind of module, its sizes taken from the tensors."""
+    """A fit for each kind of module and probe, its sizes taken from the tensors."""
     fits = []
+    problem: InputError | None = None
+    kernel = next((tensor.shape[2:] for tensor in found.values() if len(tensor.shape) > 2), ())
     for kind in KINDS:
-        if kind in cls.kinds:
-            kernel = next((tensor.shape[2:] for tensor in found.values() if len(tensor.shape) > 2), ())
-            probe = SiteShape(module, kind, PROBE_IN, PROBE_OUT, kernel if kind == "conv" else ())
-            fits.append(_solve(cls, config, probe, found))
+        for in_features, out_features in PROBES:
+            shape = SiteShape(module, kind, in_features, out_features, kernel if kind == "conv" else ())
+            if kind in cls.kinds:
+                try:
+                    fits.append(_solve(cls, config, shape, found))
+                except InputError as error:  # a block size that does not divide the probe
+                    problem = error
     if not fits:
-        raise InputError(f"{config.peft_type} adapts none of {', '.join(KINDS)}")
+        raise problem or InputError(f"{config.peft_type} adapts none of {', '.join(KINDS)}")
     return fits
 
 
 def _solve(cls: type[Adapter], config: PeftConfig, probe: SiteShape, found: Found) -> Fit:
+    """The fit at the size that the tensors give. A side that no tensor depends on is 0 in its shape."""
     base = _at(cls, config, probe, exact=False)
-    wider = saved_specs(cls(config, replace(probe, in_features=2 * PROBE_IN)))
-    taller = saved_specs(cls(config, replace(probe, out_features=2 * PROBE_OUT)))
-    in_features = _size(base.specs, wider, found, PROBE_IN)
-    out_features = _size(base.specs, taller, found, PROBE_OUT)
-    if in_features == 0 or out_features == 0:
-        shape = replace(probe, in_features=in_features, out_features=out_features)
+    wider = [saved_specs(cls(config, replace(probe, in_features=n * probe.in_features))) for n in (2, 4)]
+    taller = [saved_specs(cls(config, replace(probe, out_features=n * probe.out_features))) for n in (2, 4)]
+    in_features = _size(probe.in_features, [base.specs, *wider], found)
+    out_features = _size(probe.out_features, [base.specs, *taller], found)
+    shape = replace(probe, in_features=in_features or 0, out_features=out_features or 0)
+    if 0 in (in_features, out_features):
         return replace(base, shape=shape)
-    return _at(cls, config, replace(probe, in_features=in_features, out_features=out_features), exact=True)
+    sized = replace(
+        probe,
+        in_features=in_features or probe.in_features,
+        out_features=out_features or probe.out_features,
+    )
+    return replace(_at(cls, config, sized, exact=True), shape=shape)
 
 
-def _size(specs: dict[str, TensorSpec], grown: dict[str, TensorSpec], found: Found, probe: int) -> int:
-    """The size that explains the first dimension which doubled when the probe did; 0 if none tells."""
-    for name, spec in specs.items():
+def _size(probe: int, steps: list[dict[str, TensorSpec]], found: Found) -> int | None:
+    """The size that explains the first dimension which doubles when the probe does, twice over.
+
+    Returns:
+        None if no tensor depends on the size, 0 if some do but none tells.
+    """
+    if all(specs == steps[0] for specs in steps):
+        return None
+    for name, spec in steps[0].items():
         actual = found[name].shape if name in found else ()
-        if len(actual) != len(spec.shape):
+        if len(actual) != len(spec.shape) or not all(name in specs for specs in steps):
             continue
-        for now, then, size in zip(spec.shape, grown[name].shape, actual, strict=True):
-            if then == 2 * now and size * probe % now == 0:
-                return size * probe // now
+        for axis, now in enumerate(spec.shape):
+            grown = [specs[name].shape[axis] for specs in steps[1:]]
+            if grown == [2 * now, 4 * now] and actual[axis] * probe % now == 0:
+                return actual[axis] * probe // now
     return 0
 
 
