@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,9 +29,14 @@ METHODS: dict[str, Method] = {
     "IA3": Method("ia3", "IA3Config", "Ia3"),
     "OFT": Method("oft", "OFTConfig", "Oft"),
     "BOFT": Method("boft", "BOFTConfig", "Boft"),
+    "HRA": Method("hra", "HRAConfig", "Hra"),
     "LOHA": Method("loha", "LoHaConfig", "LoHa"),
     "LOKR": Method("lokr", "LoKrConfig", "LoKr"),
 }
+
+
+PeftType = Enum("PeftType", {name: name for name in METHODS}, type=str)
+"""PEFT's enumeration of method names."""
 
 
 def method_names() -> list[str]:

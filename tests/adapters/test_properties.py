@@ -62,6 +62,8 @@ ROWS = [
     Row("OFT", {"r": 3, "block_share": True, "coft": True, "eps": 0.05}),
     Row("BOFT", {"boft_block_size": 8}, without=("conv2d_grouped",)),
     Row("BOFT", {"boft_block_size": 2, "boft_n_butterfly_factor": 3}, without=("conv2d_grouped",)),
+    Row("HRA", {"r": 4}),
+    Row("HRA", {"r": 2, "apply_GS": True}, identity=False),
     Row("BOFT", {"boft_block_size": 0, "boft_block_num": 2, "boft_dropout": 0.5, "bias": "boft_only"}),
     Row("LORA", {"r": 4, "init_lora_weights": "pissa"}),
     Row("LORA", {"r": 4, "init_lora_weights": "pissa_niter_4", "use_rslora": True}),
