@@ -35,7 +35,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-PeftType = Enum("PeftType", {name: name for name in METHODS}, type=str)
+PeftType = Enum("PeftType", {name: name for name in METHODS}, type=str)  # type: ignore[misc]  # one source of names
 """PEFT's enumeration of method names."""
 
 
