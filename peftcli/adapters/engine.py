@@ -211,6 +211,23 @@ def attached_to(model: nn.Module) -> Attached | None:
     return model.__dict__.get(STATE)
 
 
+def user_model(model: Any) -> nn.Module:
+    """The user's model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def adapters_of(model: nn.Module) -> Attached:
+    """What is attached to a model or to the one inside a PeftModel.
+
+    Raises:
+        InputError: if nothing is.
+    """
+    attached = attached_to(user_model(model))
+    if attached is None:
+        raise InputError("the model has no adapters")
+    return attached
+
+
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The base model's modules under their original paths, whatever already wraps them."""
 

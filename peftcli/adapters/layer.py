@@ -7,7 +7,7 @@ adapters are composed as functions, the first named outermost, so methods of dif
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -356,18 +356,6 @@ class AdapterLayer(nn.Module):
         """Set an adapter's scaling to `scale` times its initial one."""
         if name in self.adapters:
             self.adapters[name].scaling = scale * self.adapters[name].initial_scaling()
-
-    @contextmanager
-    def scaled(self, factor: float) -> Iterator[None]:
-        """All adapters' scalings multiplied by `factor` for a while."""
-        before = {name: adapter.scaling for name, adapter in self.adapters.items()}
-        for adapter in self.adapters.values():
-            adapter.scaling *= factor
-        try:
-            yield
-        finally:
-            for name, scaling in before.items():
-                self.adapters[name].scaling = scaling
 
     def __getattr__(self, name: str) -> Any:
         """Registered tensors first, then the module's attributes, then a per-adapter view (`scaling["default"]`)."""

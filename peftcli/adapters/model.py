@@ -18,7 +18,7 @@ from peftcli.adapters import checkpoint
 from peftcli.adapters.attach import attach
 from peftcli.adapters.config import PeftConfig, TaskType, TunerConfig, read_config
 from peftcli.adapters.context import check_adapter_names
-from peftcli.adapters.engine import Attached, attached_to
+from peftcli.adapters.engine import adapters_of, attached_to
 from peftcli.adapters.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from peftcli.adapters.tuner import Tuner
 from peftcli.errors import InputError
@@ -380,7 +380,7 @@ def get_peft_model_state_dict(
     model: nn.Module, adapter_name: str = "default", save_embedding_layers: bool | str = "auto"
 ) -> dict[str, Tensor]:
     """The tensors of one adapter, keyed as its file keys them."""
-    return checkpoint.adapter_state_dict(_attached(model), adapter_name, save_embedding_layers=save_embedding_layers)
+    return checkpoint.adapter_state_dict(adapters_of(model), adapter_name, save_embedding_layers=save_embedding_layers)
 
 
 def set_peft_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str = "default") -> None:
@@ -389,7 +389,7 @@ def set_peft_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], a
     Raises:
         InputErrors: listing every missing, unexpected and mis-shaped tensor.
     """
-    checkpoint.load_state(_attached(model), adapter_name, state_dict)
+    checkpoint.load_state(adapters_of(model), adapter_name, state_dict)
 
 
 def inject_adapter_in_model(
@@ -398,14 +398,6 @@ def inject_adapter_in_model(
     """Attach an adapter without wrapping the model in a PeftModel."""
     attach(model, peft_config, adapter_name)
     return model
-
-
-def _attached(model: nn.Module) -> Attached:
-    inner = model.base_model.model if isinstance(model, PeftModel) else model
-    attached = attached_to(inner)
-    if attached is None:
-        raise InputError("the model has no adapters")
-    return attached
 
 
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

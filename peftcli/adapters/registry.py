@@ -30,6 +30,7 @@ METHODS: dict[str, Method] = {
     "OFT": Method("oft", "OFTConfig", "Oft"),
     "BOFT": Method("boft", "BOFTConfig", "Boft"),
     "HRA": Method("hra", "HRAConfig", "Hra"),
+    "ROAD": Method("road", "RoadConfig", "Road"),
     "LOHA": Method("loha", "LoHaConfig", "LoHa"),
     "LOKR": Method("lokr", "LoKrConfig", "LoKr"),
 }

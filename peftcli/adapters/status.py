@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 from torch import nn  # noqa: TID253
 
-from peftcli.adapters.engine import Attached, attached_to
+from peftcli.adapters.engine import Attached, attached_to, user_model
 from peftcli.errors import InputError
 
 Irregular = Literal["irregular"]
@@ -84,7 +84,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     """The status of a PeftModel, or of a model that adapters were injected into."""
     attached = _attached(model)
     layers = get_layer_status(model)
-    base = _user_model(model)
+    base = user_model(model)
     names = sorted({name for layer in layers for name in layer.available_adapters})
     return TunerModelStatus(
         base_model_type=type(base).__name__,
@@ -118,13 +118,8 @@ def _agree(values: Iterable[Value]) -> Value | Irregular:
     return seen[0] if all(value == seen[0] for value in seen) else "irregular"
 
 
-def _user_model(model: Any) -> nn.Module:
-    """The model inside a PeftModel, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _attached(model: nn.Module) -> Attached:
-    attached = attached_to(_user_model(model))
+    attached = attached_to(user_model(model))
     if attached is None or next(attached.layers(), None) is None:
         raise InputError(
             "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters "

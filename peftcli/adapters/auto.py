@@ -1,0 +1,123 @@
+"""`AutoPeftModel...`: base and adapter in one call, the base being the one the adapter's config names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peftcli.adapters import checkpoint
+from peftcli.adapters.config import PeftConfig, TaskType, read_config
+from peftcli.adapters.model import PeftModel, model_class
+from peftcli.errors import InputError, printable
+
+AUTO_CLASSES = {
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION: "AutoModel",
+}
+"""The transformers class that loads the base for a task."""
+
+
+class AutoPeftModel:
+    """Loads an adapter with its base, for any task. Only `from_pretrained` makes one."""
+
+    task: ClassVar[TaskType | None] = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        allow_pickle: bool = False,
+        **base_options: Any,
+    ) -> PeftModel:
+        """Load the base an adapter belongs to, and the adapter on it.
+
+        A tokenizer beside the adapter tells how many tokens the base must have: the embeddings grow where tokens were
+        added. A base without a task type is loaded with the transformers class that `auto_mapping` names; only classes
+        of transformers are ever looked up, and nothing is imported on a file's word.
+
+        Raises:
+            InputError: if the adapter is for another task, or does not say which class loads its base.
+        """
+        import transformers
+
+        hub = {key: base_options[key] for key in ("token", "cache_dir", "subfolder") if key in base_options}
+        folder = checkpoint.resolve_adapter_folder(pretrained_model_name_or_path, revision=revision, **hub)
+        base_options.pop("subfolder", None)
+        config = config or read_config(folder / checkpoint.CONFIG_NAME)
+        if cls.task is not None and config.task_type != cls.task:
+            raise InputError(
+                f"Expected target PEFT class: {model_class(config).__name__}, but you have asked for: "
+                f"PeftModel for {cls.task.value}; make sure that you are loading the correct model for your task type."
+            )
+        if not config.base_model_name_or_path:
+            raise InputError("the config names no base model", place=folder, field="base_model_name_or_path")
+        loader = getattr(transformers, _class_name(config, folder))
+        base = loader.from_pretrained(config.base_model_name_or_path, revision=config.revision, **base_options)
+        if (folder / "tokenizer_config.json").exists():
+            tokens = len(transformers.AutoTokenizer.from_pretrained(folder))
+            if tokens > base.get_input_embeddings().num_embeddings:
+                base.resize_token_embeddings(tokens)
+        return PeftModel.from_pretrained(
+            base, folder, adapter_name, is_trainable=is_trainable, config=config, allow_pickle=allow_pickle
+        )
+
+
+def _class_name(config: PeftConfig, folder: Path) -> str:
+    import transformers
+
+    if config.task_type in AUTO_CLASSES:
+        return AUTO_CLASSES[TaskType(config.task_type)]
+    name = (config.auto_mapping or {}).get("base_model_class")
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise InputError(
+            "Cannot infer the auto class from the config, please make sure that you are loading the correct model for "
+            f"your task type (auto_mapping names {printable(name)!r})",
+            place=folder,
+            field="task_type",
+        )
+    return str(name)
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """An adapter of a language model with its base."""
+
+    task = TaskType.CAUSAL_LM
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """An adapter of an encoder-decoder with its base."""
+
+    task = TaskType.SEQ_2_SEQ_LM
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """An adapter of a sequence classifier with its base."""
+
+    task = TaskType.SEQ_CLS
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """An adapter of a token classifier with its base."""
+
+    task = TaskType.TOKEN_CLS
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """An adapter of an extractive reader with its base."""
+
+    task = TaskType.QUESTION_ANS
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """An adapter of an encoder with its base."""
+
+    task = TaskType.FEATURE_EXTRACTION

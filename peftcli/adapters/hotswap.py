@@ -1,0 +1,107 @@
+"""Hot swap: put another adapter's weights in the place of a loaded one, so that a compiled model is not compiled again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch  # noqa: TID253
+from torch import nn  # noqa: TID253
+
+from peftcli.adapters import checkpoint
+from peftcli.adapters.config import read_config
+from peftcli.adapters.engine import adapters_of
+from peftcli.adapters.methods.lora import Lora, LoraConfig
+from peftcli.errors import InputError
+
+
+def hotswap_adapter(
+    model: nn.Module, model_name_or_path: str | Path, adapter_name: str, *, allow_pickle: bool = False, **hub: Any
+) -> None:
+    """Replace the weights of a loaded LoRA adapter by a saved one's, in place.
+
+    A smaller rank is padded with zeros; the scaling follows the new adapter. Modules the new adapter does not have get
+    zeros.
+
+    Args:
+        model: the PeftModel.
+        model_name_or_path: the saved adapter.
+        adapter_name: the loaded adapter whose place it takes.
+        allow_pickle: read a `.bin` file.
+
+    Raises:
+        InputError: for another method, DoRA or biases, a larger rank, or modules the loaded adapter does not have; the
+            loaded adapter is then unchanged.
+    """
+    attached = adapters_of(model)
+    folder = checkpoint.resolve_adapter_folder(model_name_or_path, **hub)
+    new = read_config(folder / checkpoint.CONFIG_NAME)
+    old = attached.configs.get(adapter_name)
+    if not (isinstance(new, LoraConfig) and isinstance(old, LoraConfig)):
+        raise InputError("Hotswapping only works for LoRA adapters", place=folder)
+    for field in ("use_dora", "bias", "lora_bias"):
+        if getattr(new, field) != getattr(old, field) or getattr(new, field) not in (False, "none"):
+            raise InputError("Hotswapping works only without DoRA and biases", place=folder, field=field)
+    tensors = checkpoint.read_tensors(folder, allow_pickle=allow_pickle)
+    owned = checkpoint.owned_tensors(attached, adapter_name)
+    if unknown := sorted(set(tensors) - set(owned)):
+        raise InputError(
+            f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unknown[:5])}", place=folder
+        )
+    for key, tensor in tensors.items():
+        if not _fits(tensor, owned[key]):
+            raise InputError(
+                f"has the shape {list(tensor.shape)}, the loaded adapter only {list(owned[key].shape)}",
+                place=folder,
+                field=key,
+                fix="load the adapter of the largest rank first, or prepare_model_for_compiled_hotswap(target_rank=...)",
+            )
+    with torch.no_grad():
+        for key, held in owned.items():
+            held.zero_()
+            if key in tensors:
+                held[tuple(slice(size) for size in tensors[key].shape)] = tensors[key].to(held)
+    for _, layer in attached.layers():
+        if adapter_name in layer.adapters:
+            _rescale(cast(Lora, layer.adapters[adapter_name]), new)
+    attached.configs[adapter_name] = new
+
+
+def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | None = None) -> None:
+    """Make room for adapters up to a rank, and let scalings change without recompiling. Call before `torch.compile`.
+
+    Args:
+        model: a PeftModel with LoRA adapters.
+        target_rank: pad A and B with zeros to this rank; None leaves them.
+    """
+    for _, layer in adapters_of(model).layers():
+        for name, adapter in layer.adapters.items():
+            if target_rank is not None:
+                _pad(layer, name, target_rank)
+            adapter.scaling = torch.tensor(float(adapter.scaling), device=layer.site.device)  # type: ignore[assignment]
+
+
+def _pad(layer: Any, name: str, rank: int) -> None:
+    for slot, tensor in list(layer.own_tensors(name)):
+        axis = 0 if slot.head.endswith("_A") else 1
+        if tensor.shape[axis] > rank:
+            raise InputError(f"target_rank {rank} is smaller than rank {tensor.shape[axis]}", place=layer.site.name)
+        shape = list(tensor.shape)
+        shape[axis] = rank
+        padded = tensor.new_zeros(shape)
+        padded[tuple(slice(size) for size in tensor.shape)] = tensor.detach()
+        tensor.data = padded
+
+
+def _fits(new: torch.Tensor, held: torch.Tensor) -> bool:
+    return new.dim() == held.dim() and all(a <= b for a, b in zip(new.shape, held.shape, strict=True))
+
+
+def _rescale(adapter: Lora, config: LoraConfig) -> None:
+    """The scaling the adapter had if it were loaded afresh; a tensor scaling is changed in place."""
+    scaling = Lora(config, adapter.shape).initial_scaling()
+    if isinstance(adapter.scaling, torch.Tensor):
+        adapter.scaling.fill_(scaling)
+    else:
+        adapter.scaling = scaling
+    adapter.config = config

@@ -1,0 +1,172 @@
+"""The rest of the Python API: auto classes, hot swap, optimizers, helpers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peftcli
+from peftcli import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftModel,
+    cast_mixed_precision_params,
+    check_if_peft_model,
+    get_peft_config,
+    get_peft_model,
+    hotswap_adapter,
+    load_peft_weights,
+    prepare_model_for_compiled_hotswap,
+    prepare_model_for_kbit_training,
+    rescale_adapter_scale,
+    shift_tokens_right,
+)
+from peftcli.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+
+IDS = torch.arange(12).reshape(2, 6)
+X = torch.linspace(-1, 1, 36).reshape(3, 12)
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8)).eval()
+
+
+def lora(**options: object) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "target_modules": ["0", "2"], "init_lora_weights": False, **options})
+
+
+def test_every_public_name_can_be_imported() -> None:
+    for name in dir(peftcli):
+        assert getattr(peftcli, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'LoraConfigg'"):
+        peftcli.LoraConfigg  # noqa: B018
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_auto_classes_load_base_and_adapter(saved: Path) -> None:
+    expected = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(saved.parent / "base"), saved)(IDS).logits
+    for loader in (AutoPeftModel, AutoPeftModelForCausalLM):
+        model = loader.from_pretrained(saved)
+        assert type(model).__name__ == "PeftModelForCausalLM"
+        assert torch.equal(model(IDS).logits, expected)
+    with pytest.raises(ValueError, match="Expected target PEFT class: PeftModelForCausalLM"):
+        AutoPeftModelForSequenceClassification.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "os", "no.such", None])
+def test_auto_mapping_is_a_name_in_transformers_and_nothing_else(saved: Path, name: str | None) -> None:
+    config = json.loads((saved / "adapter_config.json").read_text())
+    config.update(task_type=None, auto_mapping={"base_model_class": name, "parent_library": "evil"})
+    (saved / "adapter_config.json").write_text(json.dumps(config))
+    if name == "LlamaForCausalLM":
+        assert type(AutoPeftModel.from_pretrained(saved)) is PeftModel
+    else:
+        with pytest.raises(ValueError, match="Cannot infer the auto class"):
+            AutoPeftModel.from_pretrained(saved)
+
+
+def test_hot_swap_is_loading_afresh(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    get_peft_model(mlp(), lora(r=4, lora_alpha=3)).save_pretrained(tmp_path / "small")
+    get_peft_model(mlp(), lora(r=8, use_rslora=True)).save_pretrained(tmp_path / "large")
+    get_peft_model(mlp(), lora(target_modules=["0"])).save_pretrained(tmp_path / "partial")
+    model = PeftModel.from_pretrained(mlp(), tmp_path / "large")
+    for name in ("small", "partial", "large"):
+        hotswap_adapter(model, tmp_path / name, "default")
+        torch.testing.assert_close(model(X), PeftModel.from_pretrained(mlp(), tmp_path / name)(X))
+    small = PeftModel.from_pretrained(mlp(), tmp_path / "small")
+    before = small(X)
+    with pytest.raises(ValueError, match="prepare_model_for_compiled_hotswap"):
+        hotswap_adapter(small, tmp_path / "large", "default")
+    assert torch.equal(small(X), before)
+    prepare_model_for_compiled_hotswap(small, target_rank=8)
+    torch.testing.assert_close(small(X), before)
+    hotswap_adapter(small, tmp_path / "large", "default")
+    torch.testing.assert_close(small(X), PeftModel.from_pretrained(mlp(), tmp_path / "large")(X))
+
+
+def test_a_compiled_model_is_not_compiled_again_when_swapped(tmp_path: Path) -> None:
+    get_peft_model(mlp(), lora(r=2, lora_alpha=3)).save_pretrained(tmp_path / "one")
+    get_peft_model(mlp(), lora(r=4, lora_alpha=9)).save_pretrained(tmp_path / "two")
+    model = PeftModel.from_pretrained(mlp(), tmp_path / "one")
+    prepare_model_for_compiled_hotswap(model, target_rank=4)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(X)
+        hotswap_adapter(model, tmp_path / "two", "default")
+        torch.testing.assert_close(compiled(X), PeftModel.from_pretrained(mlp(), tmp_path / "two")(X))
+
+
+def test_loraplus_gives_b_its_own_rate() -> None:
+    model = get_peft_model(mlp(), lora())
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            assert rates[id(parameter)] == pytest.approx(16e-3 if "lora_B" in name else 1e-3)
+
+
+def test_lorafa_takes_the_step_of_the_full_gradient_projected_on_a() -> None:
+    model = get_peft_model(mlp(), lora(lora_alpha=6))
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=6, lr=1e-2)
+    layer = model.base_model.model[0]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert not a.requires_grad
+    full = model.base_model.model[0].base_layer.weight.requires_grad_(True)
+    before = b.detach().clone()
+    model(X).square().sum().backward()
+    wanted = full.grad @ torch.linalg.pinv(a) / (6 / 4)  # argmin |s B A - G|
+    optimizer.step()
+    torch.testing.assert_close(b.grad, wanted, atol=1e-4, rtol=1e-3)
+    assert not torch.equal(b, before)
+
+
+def test_helpers(saved: Path) -> None:
+    assert check_if_peft_model(saved)
+    assert not check_if_peft_model(saved.parent / "base")
+    assert len(load_peft_weights(saved)) == 8
+    assert get_peft_config({"peft_type": "LORA", "r": 3}).r == 3
+    labels = torch.tensor([[5, 6, -100]])
+    assert shift_tokens_right(labels, 0, 9).tolist() == [[9, 5, 6]]
+    model = get_peft_model(mlp(), lora(lora_alpha=8))
+    single = model(X) - mlp()(X)
+    with rescale_adapter_scale(model, 0.0):
+        torch.testing.assert_close(model(X), mlp()(X))
+    torch.testing.assert_close(model(X) - mlp()(X), single)
+    with pytest.raises(TypeError, match="multiplier"), rescale_adapter_scale(model, "2"):
+        pass
+    cast_mixed_precision_params(model, torch.bfloat16)
+    kinds = {p.requires_grad: p.dtype for p in model.parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+
+
+def test_preparing_a_half_precision_model_leaves_its_matrices_alone() -> None:
+    model = prepare_model_for_kbit_training(llama().to(torch.bfloat16))
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert model.model.norm.weight.dtype == torch.float32
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.model.layers[0].gradient_checkpointing
