@@ -116,14 +116,16 @@ class Trackers(Callback):
         self.run_name, self.config = run_name, config
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        trainer.accelerator.init_trackers(self.run_name, config=self.config)
+        plain = {name: value for name, value in self.config.items() if isinstance(value, (bool, int, float, str))}
+        trainer.accelerator.init_trackers(self.run_name, config=plain)
 
     def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
         values = {name: value for name, value in row.items() if name != "step"}
         trainer.accelerator.log(values, step=row["step"])
 
     def on_train_end(self, trainer: Trainer) -> None:
-        trainer.accelerator.end_training()
+        for tracker in trainer.accelerator.trackers:
+            tracker.finish()
 
 
 def require_trackers(names: tuple[str, ...]) -> None:

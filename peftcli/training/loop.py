@@ -41,16 +41,18 @@ class Outcome:
     Attributes:
         steps: optimizer steps done.
         best_step: step of the best evaluation, None without evaluation.
-        best_value: the metric there.
+        best_metrics: the evaluation there.
         metrics: the last evaluation.
+        tokens: tokens seen over the whole run, without padding.
         stopped: why it ended before its last step, or None.
         seconds: time in the loop.
     """
 
     steps: int
     best_step: int | None
-    best_value: float | None
-    metrics: dict[str, float]
+    best_metrics: dict[str, float] | None
+    metrics: dict[str, float] | None
+    tokens: int
     stopped: str | None
     seconds: float
 
@@ -105,7 +107,7 @@ class Trainer:
         self.world_size, self.rank = accelerator.num_processes, accelerator.process_index
         self.metric: str = settings.metric_for_best_model
         self.progress = state.Progress()
-        self.metrics: dict[str, float] = {}
+        self.metrics: dict[str, float] | None = None
         self.stopped: str | None = None
         self._logged_at, self._logged_tokens = 0.0, 0
         self.steps_per_epoch = len(self._windows(0))
@@ -158,9 +160,15 @@ class Trainer:
             self._call("on_train_end")
         if self.settings.load_best_model_at_end and self.progress.best_step is not None:
             state.load_trained(self.model, self.folder / f"checkpoint-{self.progress.best_step}")
-        progress = self.progress
-        seconds = time.perf_counter() - began
-        return Outcome(progress.step, progress.best_step, progress.best_value, self.metrics, self.stopped, seconds)
+        return Outcome(
+            steps=self.progress.step,
+            best_step=self.progress.best_step,
+            best_metrics=self.progress.best_metrics,
+            metrics=self.metrics,
+            tokens=self.progress.tokens,
+            stopped=self.stopped,
+            seconds=time.perf_counter() - began,
+        )
 
     def stop(self, reason: str) -> None:
         """End training after this step (callbacks call it)."""
@@ -288,10 +296,10 @@ class Trainer:
         began, progress = time.perf_counter(), self.progress
         self.metrics = self.evaluate(self.eval_data)
         self._logged_at += time.perf_counter() - began  # evaluation doesn't count against tokens a second
-        value = self.metrics[self.metric]
-        improved = progress.best_value is None or self.is_better(value, progress.best_value)
+        best = progress.best_metrics
+        improved = best is None or self.is_better(self.metrics[self.metric], best[self.metric])
         if improved:
-            progress.best_step, progress.best_value = progress.step, value
+            progress.best_step, progress.best_metrics = progress.step, self.metrics
         self._call("on_log", {"step": progress.step, **self.metrics})
         self._call("on_evaluate", self.metrics)
         return improved

@@ -77,7 +77,7 @@ def load(trainer: Trainer, folder: Path) -> None:
     best = trainer.folder / f"checkpoint-{progress.best_step}"
     if progress.best_step is not None and (reason := checkpoints.damage(best)):
         warnings.warn(f"{best}, the best step so far, is lost ({reason}); the best is sought anew", stacklevel=2)
-        progress.best_step = progress.best_value = None
+        progress.best_step = progress.best_metrics = None
     trainer.progress = progress
     for callback in trainer.callbacks:
         callback.load_state_dict(content["callbacks"].get(type(callback).__name__, {}))

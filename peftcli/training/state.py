@@ -40,7 +40,7 @@ class Progress:
         loss_sum: training loss since the last log entry, summed over labels.
         label_count: labels since the last log entry.
         best_step: step of the best evaluation.
-        best_value: the metric there.
+        best_metrics: the evaluation there.
     """
 
     step: int = 0
@@ -50,7 +50,7 @@ class Progress:
     loss_sum: float = 0.0
     label_count: int = 0
     best_step: int | None = None
-    best_value: float | None = None
+    best_metrics: dict[str, float] | None = None
 
 
 # -- tensors --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,110 @@
+"""The finished adapter: written aside, reloaded on a fresh base and compared, and only then put in its place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
+
+from peftcli.data.tokens import TokenDataset
+from peftcli.errors import RunError
+from peftcli.recipe.schema import Recipe
+from peftcli.training.model import load_base, load_tokenizer
+from peftcli.training.quiet import quiet_transformers
+
+RESULT_NAME = "result.json"
+PROBE_TOKENS = 64
+TOLERANCE = 1e-2  # of the largest logit: far above rounding, far below what a wrong tensor does
+
+Export = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to; `result.json` in the run folder.
+
+    Attributes:
+        folder: the run folder, which holds the finished adapter.
+        steps: optimizer steps done.
+        step: the step that was saved.
+        metrics: the evaluation of that step, or None.
+        verified: how the saved files were proved to be the trained model.
+        difference: largest |difference| of a logit after reloading.
+        stopped: why the run ended before its last step, or None.
+        seconds: time in the training loop.
+        tokens: tokens seen, without padding.
+        memory: peak bytes of the first process.
+        plot: the loss curves.
+    """
+
+    folder: str
+    steps: int
+    step: int
+    metrics: dict[str, float] | None
+    verified: str
+    difference: float
+    stopped: str | None
+    seconds: float
+    tokens: int
+    memory: int
+    plot: str
+
+    def save(self, run_folder: Path) -> None:
+        text = json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+        (run_folder / RESULT_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, run_folder: Path) -> RunResult:
+        """What the worker of a finished run, in whatever process, left for the one that started it."""
+        return cls(**json.loads((run_folder / RESULT_NAME).read_text(encoding="utf-8")))
+
+
+def exporter(recipe: Recipe, model: Any) -> Export:
+    """What writes the finished form: an adapter's files, or the whole model's with its tokenizer."""
+
+    def export(folder: Path) -> None:
+        with quiet_transformers():
+            model.save_pretrained(folder)
+            if recipe.adapter.config is None:
+                load_tokenizer(recipe.model).save_pretrained(folder)
+
+    return export
+
+
+def probe_ids(data: TokenDataset, device: torch.device) -> Tensor:
+    """The first tokens of the first sample [1, T]."""
+    return torch.from_numpy(data[0][0][:PROBE_TOKENS]).long().unsqueeze(0).to(device)
+
+
+@torch.no_grad()
+def probe_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits [1, T, V] on the CPU, without dropout."""
+    return model.eval()(input_ids=ids, use_cache=False).logits.float().cpu()
+
+
+def reload_difference(recipe: Recipe, folder: Path, ids: Tensor, expected: Tensor) -> float:
+    """Load the written files as a user would, and return the largest difference of a logit.
+
+    Raises:
+        RunError: they are not the model that was trained.
+    """
+    if recipe.adapter.config is None:
+        section = recipe.model.model_copy(update={"name_or_path": str(folder), "revision": None})
+        model: nn.Module = load_base(section, recipe.quantization, device=ids.device)
+    else:
+        from peftcli import PeftModel
+
+        base = load_base(recipe.model, recipe.quantization, device=ids.device)
+        model = PeftModel.from_pretrained(base, folder)
+    difference = float((probe_logits(model, ids)[:, -ids.shape[1] :] - expected).abs().max())
+    if not difference <= TOLERANCE * float(expected.abs().max()):
+        raise RunError(
+            f"{folder}: the written files are not the model that was trained: logits differ by {difference:.3g}. "
+            "The last checkpoint is unharmed"
+        )
+    return difference

@@ -1,0 +1,247 @@
+"""The worker: reads the run folder, trains, and writes the finished adapter there.
+
+Runs in the process of `peft train`, or in several under a launcher: `python -m peftcli.training.worker RUN_FOLDER`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch  # noqa: TID253
+from accelerate import Accelerator  # noqa: TID253
+from accelerate.utils import set_seed  # noqa: TID253
+from rich.console import Console
+from torch import nn  # noqa: TID253
+
+from peftcli import __version__, get_peft_model
+from peftcli.adapters.config import TaskType
+from peftcli.data.tokens import TokenDataset
+from peftcli.errors import EXIT_FAILURE, PeftCliError, RunError, printable
+from peftcli.recipe.load import load_recipe
+from peftcli.recipe.redact import redact
+from peftcli.recipe.schema import Recipe
+from peftcli.report.plots import plot_losses
+from peftcli.training import checkpoints
+from peftcli.training.callbacks import (
+    LOG_NAME,
+    Callback,
+    EarlyStopping,
+    JsonLog,
+    Trackers,
+    read_log,
+    require_trackers,
+)
+from peftcli.training.card import model_card
+from peftcli.training.loop import Outcome, Trainer
+from peftcli.training.model import load_base
+from peftcli.training.progress import ProgressBar, peak_memory
+from peftcli.training.publish import Export, RunResult, exporter, probe_ids, probe_logits, reload_difference
+from peftcli.training.signals import Interrupted, StopSignals
+
+RECIPE_NAME = "recipe.yaml"
+PLOT_NAME = "loss.png"
+
+
+def run(run_folder: Path, *, resume: str | None = None, console: Console | None = None) -> RunResult | None:
+    """Train what `run_folder/recipe.yaml` says.
+
+    Args:
+        run_folder: holds `recipe.yaml` and `data/`, as `peft train` prepares them.
+        resume: `auto`, or the folder of a checkpoint.
+        console: where progress goes; stdout when None.
+
+    Returns:
+        The result on the first process, None on the others. It is also `result.json` in the run folder.
+
+    Raises:
+        InputError: something asked for can't be had, or the checkpoint isn't this run's.
+        RunError: training or saving failed.
+        Interrupted: a signal came; a checkpoint was written.
+    """
+    recipe = load_recipe(run_folder / RECIPE_NAME, check_paths=False)
+    require_trackers(recipe.training.report_to)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        log_with=list(recipe.training.report_to) or None,
+        project_dir=run_folder / "trackers",
+    )
+    with _rank_log(run_folder, accelerator.process_index), StopSignals() as signals:
+        _require_processes(recipe, accelerator)
+        worker = _Worker(recipe, run_folder, accelerator, console or Console())
+        result = worker.run(resume, signals)
+        accelerator.wait_for_everyone()  # a process that leaves early takes the others' connections along
+        accelerator.end_training()
+    return result
+
+
+class _Worker:
+    """One process of a run."""
+
+    def __init__(self, recipe: Recipe, folder: Path, accelerator: Accelerator, console: Console) -> None:
+        self.recipe, self.folder, self.accelerator, self.console = recipe, folder, accelerator, console
+        self.is_main = accelerator.is_main_process
+        self.report = json.loads((folder / "data" / "report.json").read_text(encoding="utf-8"))
+        self.train_data = TokenDataset.load(folder / "data" / "train.safetensors")
+        held_out = folder / "data" / "eval.safetensors"
+        self.eval_data = TokenDataset.load(held_out) if held_out.is_file() else None
+
+    def run(self, resume: str | None, signals: StopSignals) -> RunResult | None:
+        checkpoint = self._checkpoint(resume)
+        set_seed(self.recipe.training.seed)
+        model = build_model(self.recipe, self.accelerator.device)
+        export = exporter(self.recipe, model)
+        outcome = self._trainer(model, export, signals).train(checkpoint)
+        if not self.is_main:
+            return None
+        ids = probe_ids(self.train_data, self.accelerator.device)
+        with checkpoints.temporary_folder(self.folder, outcome.steps) as written:
+            export(written)
+            expected = probe_logits(model, ids)[:, -ids.shape[1] :]
+            # Two bases may not fit into memory together.
+            del model, export
+            self.accelerator.free_memory()
+            gc.collect()
+            difference = reload_difference(self.recipe, written, ids, expected)
+            return self._finish(outcome, written, difference)
+
+    def _finish(self, outcome: Outcome, written: Path, difference: float) -> RunResult:
+        """Put what was verified in its place, with card, plot and result."""
+        best = self.recipe.training.load_best_model_at_end and outcome.best_step is not None
+        step = outcome.best_step if best and outcome.best_step is not None else outcome.steps
+        metrics = outcome.best_metrics if best else outcome.metrics
+        card = model_card(self.recipe, self.report, metrics, step)
+        (written / "README.md").write_text(card, encoding="utf-8")
+        checkpoints.move_files(written, self.folder)
+        plot = self.folder / PLOT_NAME
+        plot_losses(read_log(self.folder / LOG_NAME), plot)
+        result = RunResult(
+            folder=str(self.folder),
+            steps=outcome.steps,
+            step=step,
+            metrics=metrics,
+            verified=f"reloaded, max |dlogit| {difference:.2g}" if difference else "reloaded, max |dlogit| 0.0",
+            difference=difference,
+            stopped=outcome.stopped,
+            seconds=round(outcome.seconds, 3),
+            tokens=outcome.tokens,
+            memory=peak_memory(),
+            plot=str(plot),
+        )
+        result.save(self.folder)
+        return result
+
+    def _checkpoint(self, resume: str | None) -> Path | None:
+        if self.is_main:
+            checkpoints.sweep(self.folder)
+        if resume is None:
+            return None
+        found = checkpoints.find_checkpoint(self.folder, resume)
+        for path, reason in found.skipped:
+            self._say(f"passed over {path.name}: {reason}")
+        self._say(
+            f"continuing from {found.folder}" if found.folder else "no checkpoint yet: starting from the beginning"
+        )
+        return found.folder
+
+    def _trainer(self, model: nn.Module, export: Export, signals: StopSignals) -> Trainer:
+        return Trainer(
+            model,
+            self.train_data,
+            self.recipe.training,
+            self.folder,
+            accelerator=self.accelerator,
+            eval_data=self.eval_data,
+            pad_token_id=self.report["pad_token_id"],
+            callbacks=self._callbacks(),
+            # The whole model is its own trained tensors already.
+            export=export if self.recipe.adapter.config is not None else None,
+            received_signal=lambda: signals.received,
+            manifest={"recipe": checkpoints.sha256(self.folder / RECIPE_NAME), "versions": versions()},
+        )
+
+    def _callbacks(self) -> list[Callback]:
+        training = self.recipe.training
+        callbacks: list[Callback] = []
+        if training.early_stopping_patience is not None:
+            callbacks.append(EarlyStopping(training.early_stopping_patience, training.early_stopping_threshold))
+        if training.report_to:
+            callbacks.append(Trackers(training.run_name or self.folder.name, training.model_dump(mode="json")))
+        if self.is_main:
+            callbacks += [JsonLog(self.folder), ProgressBar(self.console)]
+        return callbacks
+
+    def _say(self, text: str) -> None:
+        if self.is_main:
+            self.console.print(printable(redact(text), 1000), markup=False, highlight=False)
+
+
+def build_model(recipe: Recipe, device: torch.device) -> nn.Module:
+    """The base with a fresh adapter, or with every weight trainable for the method `full`."""
+    base = load_base(recipe.model, recipe.quantization, device=device)
+    if recipe.adapter.config is None:
+        return base.requires_grad_()
+    config = copy.deepcopy(recipe.adapter.config)
+    config.task_type = TaskType(recipe.model.task_type)
+    return get_peft_model(base, config, revision=recipe.model.revision)
+
+
+def versions() -> dict[str, str]:
+    """Of what decides whether a run can be continued bit for bit."""
+    return {"peftcli": __version__, **{name: version(name) for name in ("torch", "transformers", "accelerate")}}
+
+
+def _require_processes(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Die at once where a launcher silently started fewer processes than it was asked for."""
+    wanted = 1 if recipe.launcher.type == "none" else recipe.launcher.num_processes
+    if wanted not in ("auto", accelerator.num_processes):
+        raise RunError(
+            f"the recipe asks for {wanted} processes, but {accelerator.num_processes} came up "
+            f"({accelerator.distributed_type.value})"
+        )
+
+
+@contextmanager
+def _rank_log(run_folder: Path, rank: int) -> Iterator[None]:
+    """On a failure write `rank-<N>.log`: the traceback, then the message on one line."""
+    path = run_folder / f"rank-{rank}.log"
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split())
+        text = f"{traceback.format_exc()}\n{type(error).__name__}: {message}\n"
+        path.write_text(printable(redact(text), 1 << 20), encoding="utf-8")
+        raise
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line a launcher starts. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m peftcli.training.worker", description=__doc__)
+    parser.add_argument("run_folder", type=Path)
+    parser.add_argument("--resume", metavar="auto|DIR")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    options = parser.parse_args(arguments)
+    try:
+        run(options.run_folder, resume=options.resume)
+    except PeftCliError as error:
+        print(f"error: {printable(redact(str(error)), 32_000)}", file=sys.stderr)
+        return error.exit_code
+    except Exception:  # rank-N.log has it
+        traceback.print_exc()
+        return EXIT_FAILURE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
