@@ -64,6 +64,13 @@ ROWS = [
     Row("BOFT", {"boft_block_size": 2, "boft_n_butterfly_factor": 3}, without=("conv2d_grouped",)),
     Row("HRA", {"r": 4}),
     Row("HRA", {"r": 2, "apply_GS": True}, identity=False),
+    Row("ROAD", {"group_size": 4}),
+    Row(
+        "ROAD",
+        {"group_size": 8, "variant": "road_2"},
+        without=("conv1d", "conv2d_rectangular", "conv2d_dilated", "conv2d_reflect", "conv2d_grouped"),
+    ),
+    Row("ROAD", {"group_size": 2, "variant": "road_4"}),
     Row("BOFT", {"boft_block_size": 0, "boft_block_num": 2, "boft_dropout": 0.5, "bias": "boft_only"}),
     Row("LORA", {"r": 4, "init_lora_weights": "pissa"}),
     Row("LORA", {"r": 4, "init_lora_weights": "pissa_niter_4", "use_rslora": True}),
