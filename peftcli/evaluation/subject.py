@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from peftcli.data.tokens import TokenDataset
 
 RECIPE_NAME = "recipe.yaml"
-EVAL_DATA = Path("data") / "eval.safetensors"
+TRAIN_DATA, EVAL_DATA = Path("data") / "train.safetensors", Path("data") / "eval.safetensors"
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Subject:
 
     def data(
         self, tokenizer: Any, path: str | None, *, format: str | None = None, max_samples: int | None = None
-    ) -> TokenDataset:
-        """The samples to evaluate on, tokenised as in training.
+    ) -> tuple[TokenDataset, list[str]]:
+        """The samples to evaluate on, tokenised as in training, and what should be known about them.
 
         Args:
             tokenizer: the base's.
@@ -75,10 +76,22 @@ class Subject:
                     "the adapter brings no evaluation data", place=self.adapter, fix="name a file: --data FILE"
                 )
             dataset = TokenDataset.load(prepared)
-            return dataset.select(range(min(len(dataset), max_samples or len(dataset))))
+            return dataset.select(range(min(len(dataset), max_samples or len(dataset)))), []
         section = self._section(path, format, max_samples)
         with tempfile.TemporaryDirectory(prefix="peft-eval-") as folder:
-            return prepare(section, tokenizer, folder=Path(folder), seed=0).train
+            found = prepare(section, tokenizer, folder=Path(folder), seed=0)
+        return found.train, [*found.report.warnings, *self._overlap(found.train)]
+
+    def _overlap(self, data: TokenDataset) -> Iterator[str]:
+        """A warning if the adapter was trained on some of `data`."""
+        from peftcli.data.tokens import TokenDataset
+
+        if self.run is None or not (self.run / TRAIN_DATA).is_file():
+            return
+        trained = TokenDataset.load(self.run / TRAIN_DATA)
+        known = {trained[index][0].tobytes() for index in range(len(trained))}
+        if count := sum(data[index][0].tobytes() in known for index in range(len(data))):
+            yield f"{count} of {len(data)} samples were trained on: the adapter will look better than it is"
 
     def _section(self, path: str, format: str | None, max_samples: int | None) -> DataSection:
         """The recipe's data section with `path` in place of its sources; columns and format are theirs."""
