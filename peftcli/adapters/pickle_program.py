@@ -6,8 +6,9 @@ refuses every other one by name.
 
 from __future__ import annotations
 
+import io
 import pickletools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ GLOBALS = frozenset({*DTYPES, ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER})
 
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 LITERALS = frozenset({"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE", "BINFLOAT"})
+MEMO = frozenset({"BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"})
+OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 MARK = object()
 MAX_DIMENSIONS = 64
 
@@ -73,10 +76,8 @@ def run_pickle(program: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     try:
-        for opcode, argument, _ in pickletools.genops(program):
-            if opcode.name == "STOP":
-                break
-            _step(opcode.name, argument, stack, memo)
+        for name, argument in _instructions(program):
+            _step(name, argument, stack, memo)
     except (IndexError, KeyError, TypeError) as error:
         raise ValueError("its pickle is broken") from error
     if len(stack) != 1:
@@ -84,13 +85,35 @@ def run_pickle(program: bytes) -> Any:
     return stack[0]
 
 
+def _instructions(program: bytes) -> Iterator[tuple[str, Any]]:
+    """Name and argument of each instruction up to STOP; an unknown one is refused before its argument is read."""
+    stream = io.BytesIO(program)
+    while code := stream.read(1):
+        opcode = OPCODES.get(code)
+        if opcode is None:
+            raise ValueError("its pickle is broken")
+        if opcode.name == "STOP":
+            return
+        if opcode.name not in KNOWN:
+            raise ValueError(f"its pickle uses the instruction {opcode.name}, which no file of tensors needs")
+        if opcode.name == "GLOBAL":  # pickletools would take backslashes in the name as escapes
+            yield opcode.name, f"{_line(stream)} {_line(stream)}"
+        else:
+            yield opcode.name, opcode.arg.reader(stream) if opcode.arg else None
+    raise ValueError("its pickle has no end")
+
+
+def _line(stream: io.BytesIO) -> str:
+    return stream.readline().removesuffix(b"\n").decode("utf-8")
+
+
 def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
+    if name in ("PROTO", "FRAME"):
+        return
     if name in LITERALS:
         stack.append(argument)
     elif name in CONSTANTS:
         stack.append(CONSTANTS[name])
-    elif name in ("PROTO", "FRAME"):
-        pass
     elif name == "GLOBAL":
         if argument not in GLOBALS:
             raise ValueError(f"it wants to import `{printable(argument)}`")
@@ -101,10 +124,8 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
         stack.append(memo[argument])
     elif name == "MARK":
         stack.append(MARK)
-    elif name in BUILDERS:
-        BUILDERS[name](stack)
     else:
-        raise ValueError(f"its pickle uses the instruction {name}, which no file of tensors needs")
+        BUILDERS[name](stack)
 
 
 def _popped_to_mark(stack: list[Any]) -> list[Any]:
@@ -165,6 +186,7 @@ BUILDERS: dict[str, Callable[[list[Any]], None]] = {
     "BUILD": _build,
     "BINPERSID": _persistent,
 }
+KNOWN = frozenset({"PROTO", "FRAME", "GLOBAL", "MARK", *MEMO, *LITERALS, *CONSTANTS, *BUILDERS})
 
 
 def _call(function: Any, arguments: Any) -> Any:
