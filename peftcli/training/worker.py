@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import json
 import sys
 import traceback
@@ -106,10 +105,9 @@ class _Worker:
         with checkpoints.temporary_folder(self.folder, outcome.steps) as written:
             export(written)
             expected = probe_logits(model, ids)[:, -ids.shape[1] :]
-            # Two bases may not fit into memory together.
+            # Two bases may not fit into memory together: this one goes, with gradients and moments.
             del model, export
             self.accelerator.free_memory()
-            gc.collect()
             difference = reload_difference(self.recipe, written, ids, expected)
             return self._finish(outcome, written, difference)
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from peftcli import LoraConfig, get_peft_model
 from peftcli.training.losses import CausalLMLoss, linear_cross_entropy, linear_scores
 from training.tiny import VOCABULARY, random_batch, tiny_llama, tiny_model
 
@@ -203,6 +204,27 @@ def test_head_parameters_kept_elsewhere_are_trained() -> None:
     ours, bank.grad = bank.grad, None
     plain_loss(model, batch).backward()
     torch.testing.assert_close(ours, bank.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "lm_head"]])
+def test_adapted_head(targets: list[str]) -> None:
+    """Our own LoRA on the head: also dropout's random state is used once."""
+    config = LoraConfig(r=3, target_modules=targets, lora_dropout=0.2, init_lora_weights=False)
+    model, batch = get_peft_model(tiny_llama().double(), config, autocast_adapter_dtype=False).train(), random_batch()
+    loss = CausalLMLoss(model)
+    loss(batch)
+    torch.manual_seed(3)
+    loss(batch).backward()
+    ours = gradients(model)
+    expected = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert loss.spares_logits
+    assert ours.keys() == expected
+    assert any("lm_head" in name for name in ours)
+    model.eval()
+    loss(batch).backward()
+    ours = gradients(model)
+    plain_loss(model, batch).backward()
+    assert_same(ours, gradients(model), 1e-9)
 
 
 def test_probe_leaves_no_trace() -> None:
