@@ -6,7 +6,7 @@ adapters are composed as functions, the first named outermost, so methods of dif
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +78,7 @@ class AdapterLayer(nn.Module):
         self.base_layer = site.module
         self.site, self.context, self.weight_is_read = site, context, weight_is_read
         self.adapters: dict[str, Adapter] = {}
-        self.shared: dict[str, Tensors] = {}
+        self._shared: dict[str, list[str]] = {}
         self._slots: dict[str, list[Slot]] = {}
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
@@ -93,14 +93,18 @@ class AdapterLayer(nn.Module):
         name: str,
         adapter: Adapter,
         *,
-        shared: Tensors | None = None,
+        shared: Mapping[str, nn.Module] | None = None,
         dtype: torch.dtype,
         device: torch.device,
         initialize: bool = True,
     ) -> None:
-        """Give the layer an adapter and allocate its tensors; on the meta device they stay empty."""
+        """Give the layer an adapter and allocate its tensors; on the meta device they stay empty.
+
+        `shared` holds the tensors kept once a model, by name and then adapter; every layer registers the same modules.
+        """
         self.adapters[name] = adapter
-        self.shared[name] = shared or Tensors()
+        self._shared[name] = list(shared or {})
+        self._modules.update(shared or {})
         self._slots[name] = []
         for key, spec in adapter.tensors().items():
             if spec.shared:
@@ -146,7 +150,9 @@ class AdapterLayer(nn.Module):
 
     def tensors(self, name: str) -> Tensors:
         """One adapter's tensors as its equation wants them."""
-        return Tensors({slot.key: tensor for slot, tensor in self.own_tensors(name)} | self.shared[name])
+        held: Any = self._modules
+        shared = {key: held[key][name] for key in self._shared[name]}
+        return Tensors({slot.key: tensor for slot, tensor in self.own_tensors(name)} | shared)
 
     def _pass_tensors(self, name: str, dropping: bool) -> Tensors:
         """`tensors` as one pass sees them: a training pass may drop some."""
@@ -167,7 +173,10 @@ class AdapterLayer(nn.Module):
             del container[name]
             if not len(container):
                 del self._modules[head]
-        del self.adapters[name], self.shared[name], self._slots[name]
+        for key in self._shared.pop(name):
+            if not any(key in keys for keys in self._shared.values()):
+                del self._modules[key]
+        del self.adapters[name], self._slots[name]
         if name in self.active_adapters:
             self.active_adapters.remove(name)
 
@@ -305,15 +314,21 @@ class AdapterLayer(nn.Module):
             problem = self.adapters[name].merge_problem()
             if problem:
                 raise InputError(problem, place=self.site.name)
-        weight, bias = self.effective(wanted)
+        names = self.merged_adapters + wanted
+        self.unmerge()  # what is merged already is merged again with the rest, from the original weight
+        weight, bias = self.effective(names)
         if safe_merge and not torch.isfinite(weight).all():
             raise InputError(
                 f"NaNs detected in the merged weights. The adapter {wanted[0]} seems to be broken", place=self.site.name
             )
-        self._swap(self.site.parameter, self.site.to_stored(weight).contiguous())
-        if bias is not None and bias is not self.site.bias:
-            self._swap(self.site.bias_parameter, bias)
-        self.merged_adapters += wanted
+        replacement = self.site.merged_module(weight, bias)
+        if replacement is not None:
+            self.base_layer = replacement
+        else:
+            self._swap(self.site.parameter, self.site.to_stored(weight).contiguous())
+            if bias is not None and bias is not self.site.bias:
+                self._swap(self.site.bias_parameter, bias)
+        self.merged_adapters = names
 
     def _swap(self, parameter: str, value: Tensor) -> None:
         if value is self.base_layer._parameters.get(parameter):
@@ -323,6 +338,7 @@ class AdapterLayer(nn.Module):
 
     def unmerge(self) -> None:
         """Put the original parameters back: bit-exact, whatever was merged."""
+        self.base_layer = self.site.module
         self.base_layer._parameters.update(self._originals)
         self._originals.clear()
         self.merged_adapters.clear()

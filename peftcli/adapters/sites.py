@@ -90,6 +90,10 @@ class Site:
         module = self.module
         return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
+    def merged_module(self, weight: Tensor, bias: Tensor | None) -> nn.Module | None:
+        """What holds a merged weight [out, in] where the module itself can't; None where its parameter is swapped."""
+        return None
+
     def broadcast(self, vector: Tensor) -> Tensor:
         """A vector [out] shaped to act on the module's output."""
         return vector
@@ -197,10 +201,12 @@ def site_for(module: nn.Module, name: str) -> Site | None:
     """The site a module is, or None for a module whose weight is not one we know how to see as a matrix."""
     from transformers.pytorch_utils import Conv1D
 
+    from peftcli.adapters.quantized import quantized_site
+
     if isinstance(module, nn.MultiheadAttention):
         return AttentionSite(module, name) if module.in_proj_weight is not None else None
     if isinstance(module, nn.Linear):
-        return LinearSite(module, name)
+        return quantized_site(module, name) or LinearSite(module, name)
     if isinstance(module, Conv1D):
         return TransposedSite(module, name)
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):

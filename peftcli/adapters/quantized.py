@@ -1,0 +1,91 @@
+"""Sites of bitsandbytes' quantised linear layers: the weight is dequantised where it is read and never written back.
+
+Re-quantising W + dW snaps almost all of a small dW back to the same code (98 % of an adapter is lost in NF4), so a merge
+puts an ordinary linear layer in the quantised one's place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch  # noqa: TID253
+import torch.nn.functional as F  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
+
+from peftcli.adapters.base import SiteShape
+from peftcli.adapters.sites import LinearSite
+
+
+class QuantizedSite(LinearSite):
+    """A linear layer whose stored weight is not a matrix of numbers."""
+
+    module: Any
+
+    @property
+    def shape(self) -> SiteShape:
+        module = self.module
+        return SiteShape(self.name, self.kind, module.in_features, module.out_features, has_bias=self.bias is not None)
+
+    def run(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        x = args[0] if args else kwargs["input"]
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def merged_module(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        out_features, in_features = weight.shape
+        linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+        return linear.train(self.module.training)
+
+
+class Linear4bitSite(QuantizedSite):
+    """bitsandbytes' Linear4bit (NF4, FP4).
+
+    On CPUs with AVX512-BF16 an eval forward repacks the weight in place, after which dequantising gives garbage and
+    training sees other numbers than before. Adapted layers are kept from doing that.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__(module, name)
+        self.module.support_avx512bf16_for_cpu = False
+        state = getattr(self.stored, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            weight: Any = self.stored
+            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weight dequantises to."""
+        state = getattr(self.stored, "quant_state", None)
+        return state.dtype if state is not None else self.stored.dtype
+
+    def weight(self) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.stored.data, self.stored.quant_state)  # type: ignore[attr-defined]
+
+
+class Linear8bitSite(QuantizedSite):
+    """bitsandbytes' Linear8bitLt (LLM.int8): one scale a row."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """LLM.int8 computes in half precision; its bias tells which, where there is one."""
+        return self.bias.dtype if self.bias is not None else torch.float16
+
+    def weight(self) -> Tensor:
+        scales = self.module.state.SCB if self.module.state.SCB is not None else self.stored.SCB  # type: ignore[attr-defined]
+        return (self.stored.data.float() * scales.float()[:, None] / 127).to(self.dtype)
+
+
+QUANTIZED_SITES: dict[str, type[QuantizedSite]] = {"Linear4bit": Linear4bitSite, "Linear8bitLt": Linear8bitSite}
+"""By class name, so that bitsandbytes need not be imported to find that a model has no such layer."""
+
+
+def quantized_site(module: nn.Module, name: str) -> QuantizedSite | None:
+    """The site of a quantised layer, or None for any other module."""
+    kind = next((QUANTIZED_SITES[c.__name__] for c in type(module).__mro__ if c.__name__ in QUANTIZED_SITES), None)
+    return kind(module, name) if kind else None
