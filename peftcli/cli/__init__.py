@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -71,7 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0: done, 1: a run failed, 2: bad input, 130 or 143: stopped by SIGINT or SIGTERM.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    with _as_a_program():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     command = typer.main.get_command(app)
     try:
         code = command.main(args=arguments, prog_name="peft", standalone_mode=False)
@@ -97,6 +103,24 @@ def _load(name: str) -> Any:
     return typer.main.get_command(one)
 
 
+@contextmanager
+def _as_a_program() -> Iterator[None]:
+    """Warnings become one line each, and SIGTERM leaves through `finally` blocks (the training loop handles it itself)."""
+    before = signal.signal(signal.SIGTERM, _terminate)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        if not sys.warnoptions:
+            for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", category)  # about libraries' code, not about the user's run
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    console.note(f"warning: {message}")
+
+
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    """Leave through `finally` blocks; the training loop replaces this while it runs."""
     sys.exit(EXIT_TERMINATED)

@@ -38,14 +38,19 @@ def out() -> Console:
     return _console(sys.stdout)
 
 
-def say(text: str = "", style: str | None = None) -> None:
+def err() -> Console:
+    """The console of everything that is not a result."""
+    return _console(sys.stderr)
+
+
+def say(text: str = "", style: str | None = None, *, limit: int = MAX_MESSAGE) -> None:
     """A line or more of results on stdout."""
-    out().print(printable(redact(text), MAX_MESSAGE), style=style)
+    out().print(printable(redact(text), limit), style=style)
 
 
 def note(text: str) -> None:
     """A line on stderr about what goes on."""
-    _console(sys.stderr).print(printable(redact(text), MAX_MESSAGE), style="dim")
+    err().print(printable(redact(text), MAX_MESSAGE), style="dim")
 
 
 def say_json(value: Any) -> None:
@@ -78,13 +83,30 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     out().print(grid)
 
 
+def size(count: float) -> str:
+    """Bytes as people read them: `12.3 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """`4.5 s`, `2:03` or `1:02:03`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def fail(message: str, error: BaseException | None = None) -> None:
     """An error message on stderr."""
     if _tracebacks and error is not None:
-        _console(sys.stderr).print(_traceback(error), style="dim")
-    stream = _console(sys.stderr)
-    stream.print("error: ", style="bold red", end="")
-    stream.print(printable(redact(message), MAX_MESSAGE))
+        err().print(_traceback(error), style="dim")
+    err().print("error: ", style="bold red", end="")
+    err().print(printable(redact(message), MAX_MESSAGE))
 
 
 def fail_unexpectedly(error: BaseException) -> None:

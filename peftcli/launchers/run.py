@@ -91,6 +91,9 @@ def _failure(code: int, command: Command, run_folder: Path) -> RunError | InputE
     reports = sorted(run_folder.glob("rank-*.log"), key=lambda path: path.stat().st_mtime)
     if reports:
         first = reports[0]
+        kind, _, message = _last_lines(first, 1).partition(": ")
+        if kind in ("InputError", "InputErrors"):
+            return InputError(message)
         return RunError(f"{first.stem.replace('-', ' ')} failed: {_last_lines(first, 1)}\n  all of it: {first}")
     log = run_folder / LOG
     if code == EXIT_BAD_INPUT:  # argparse's code: the launcher did not understand an argument

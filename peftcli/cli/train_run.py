@@ -1,0 +1,143 @@
+"""What `peft train` does once the recipe is checked: tokenise, plan, show, start the worker, report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from peftcli.cli import console, run_folder, train_screens
+from peftcli.errors import InputError
+from peftcli.launchers import command as launcher_command
+from peftcli.launchers.run import run as run_processes
+from peftcli.launchers.run import worker_arguments
+from peftcli.recipe.load import dump_recipe
+
+if TYPE_CHECKING:
+    from peftcli.data.prepare import Prepared, Progress
+    from peftcli.recipe.schema import Recipe
+    from peftcli.training.publish import RunResult
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line.
+
+    Attributes:
+        recipe: the resolved recipe.
+        file: the recipe's file as typed.
+        overrides: as typed.
+        launcher_arguments: what stood after `--`.
+        overwrite: replace an earlier run.
+        as_json: only JSON on stdout.
+    """
+
+    recipe: Recipe
+    file: str
+    overrides: Sequence[str] = ()
+    launcher_arguments: Sequence[str] = ()
+    overwrite: bool = False
+    as_json: bool = False
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run of which everything is known but the result."""
+
+    request: Request
+    tokenizer: Any
+    prepared: Prepared
+    processes: int
+
+
+def rehearse(request: Request) -> None:
+    """Do everything up to training in a temporary folder, and show it."""
+    with TemporaryDirectory(prefix="peft-") as folder:
+        setup = _set_up(request, Path(folder))
+        if request.as_json:
+            console.say_json(
+                {
+                    "recipe": request.recipe.model_dump(mode="json"),
+                    "data": asdict(setup.prepared.report),
+                }
+            )
+            return
+        train_screens.show(setup)
+        train_screens.show_sample(setup)
+
+
+def run(request: Request) -> None:
+    """Train.
+
+    Raises:
+        InputError: before anything was written.
+        RunError: a failure on the way; checkpoints stay.
+    """
+    training, launcher = request.recipe.training, request.recipe.launcher
+    folder, resume = Path(training.output_dir), training.resume_from_checkpoint
+    in_process = launcher_command.in_process(launcher)
+    if in_process and request.launcher_arguments:
+        raise InputError("no launcher is used that could take these arguments", place="after `--`")
+    run_folder.require_usable(folder, overwrite=request.overwrite, resume=resume is not None)
+    with run_folder.created(folder):
+        setup = _set_up(request, folder / run_folder.DATA)
+        if resume is None:
+            run_folder.clear(folder)
+        # A run is the same run, however often it is continued.
+        stored = request.recipe.model_copy(
+            update={"training": training.model_copy(update={"resume_from_checkpoint": None})}
+        )
+        run_folder.write_recipe(folder, dump_recipe(stored))
+    if not request.as_json:
+        train_screens.show(setup)
+    result = _in_this_process(request, folder, resume) if in_process else _launched(request, folder, resume)
+    if request.as_json:
+        console.say_json(asdict(result))
+    else:
+        train_screens.show_result(request.file, result)
+
+
+def _set_up(request: Request, data_folder: Path) -> Setup:
+    """Everything that can be found out before training; what can fail soonest comes first."""
+    from peftcli.data.prepare import prepare
+    from peftcli.training.model import load_tokenizer
+
+    recipe = request.recipe
+    tokenizer = load_tokenizer(recipe.model)
+    processes = launcher_command.processes(recipe.launcher)
+    with _progress() as progress:
+        prepared = prepare(recipe.data, tokenizer, folder=data_folder, seed=recipe.training.seed, progress=progress)
+    return Setup(request, tokenizer, prepared, processes)
+
+
+def _in_this_process(request: Request, folder: Path, resume: str | None) -> RunResult:
+    from peftcli.training import worker
+
+    result = worker.run(folder, resume=resume, console=console.err() if request.as_json else console.out())
+    assert result is not None, "the only process is the first"
+    return result
+
+
+def _launched(request: Request, folder: Path, resume: str | None) -> RunResult:
+    from peftcli.training.publish import RunResult
+
+    command = launcher_command.command(
+        request.recipe.launcher, worker_arguments(folder, resume), request.launcher_arguments, base=os.environ
+    )
+    run_processes(command, folder, quiet=request.as_json)
+    return RunResult.read(folder)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress | None]:
+    """Says on a terminal how many rows have been tokenised."""
+    screen = console.err()
+    if not screen.is_terminal:
+        yield None
+        return
+    with screen.status("tokenising") as status:
+        yield lambda path, rows: status.update(f"tokenising {Path(path).name}: {rows:,} rows")

@@ -1,0 +1,99 @@
+"""What `peft train` shows before and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from peftcli.cli import console
+from peftcli.errors import printable
+
+if TYPE_CHECKING:
+    from peftcli.cli.train_run import Setup
+    from peftcli.data.report import DataReport, PartReport
+    from peftcli.training.publish import RunResult
+
+MAX_SAMPLE = 3000  # characters of a sample on the screen
+
+
+def show(setup: Setup) -> None:
+    """Recipe, base, adapter, data, audit, plan and memory."""
+    request, report = setup.request, setup.prepared.report
+    console.facts(request.file, [("override", text) for text in request.overrides])
+    console.facts("data", _data(report))
+    console.facts("audit", [(("ok  " if fact.ok else "LOOK"), f"{fact.name}: {fact.seen}") for fact in report.audit])
+    for warning in report.warnings:
+        console.say(f"  note  {warning}", style="yellow")
+    console.facts("plan", _plan(setup))
+    console.say()
+
+
+def show_sample(setup: Setup) -> None:
+    """The first training sample, what is given apart from what is learnt, a bar between tokens."""
+    ids, supervised = setup.prepared.train[0]
+    console.say(f"first sample: {len(ids)} tokens, {int(supervised.sum())} learnt", style="bold")
+    left = MAX_SAMPLE
+    for learnt, run in groupby(zip(ids.tolist(), supervised.tolist(), strict=True), key=lambda pair: pair[1]):
+        text = "|".join(setup.tokenizer.decode([token]).replace("\n", "\\n") for token, _ in run)
+        console.say(
+            f"  {'learnt' if learnt else 'given '}  {printable(text, left)}", style="green" if learnt else "dim"
+        )
+        left -= len(text)
+        if left <= 0:
+            break
+
+
+def show_result(file: str, result: RunResult) -> None:
+    """What came out, and what to type next."""
+    rows: list[tuple[str, Any]] = [("steps", f"{result.steps} in {console.duration(result.seconds)}")]
+    if result.stopped:
+        rows.append(("stopped", result.stopped))
+    if result.metrics:
+        rows += [(f"step {result.step}", ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items()))]
+    rows += [
+        (
+            "speed",
+            f"{result.tokens / max(result.seconds, 1e-9):,.0f} tokens/s, peak memory {console.size(result.memory)}",
+        ),
+        ("adapter", result.folder),
+        ("verified", result.verified),
+        ("losses", result.plot),
+    ]
+    console.say()
+    console.facts("done", rows)
+    console.facts("next", [("", f"peft eval {result.folder}"), ("", f"peft inspect {result.folder}")])
+
+
+def _data(report: DataReport) -> Iterator[tuple[str, str]]:
+    yield "train", _part(report.train)
+    if report.eval is not None:
+        yield "eval", _part(report.eval)
+    for source in report.train.sources:
+        template = "chat template" if source.templated else "plain text"
+        yield "from", f"{source.path} ({source.format}, {template}, {source.rows:,} rows)"
+
+
+def _part(part: PartReport) -> str:
+    share = part.supervised_tokens / part.tokens
+    truncated = sum(source.truncated for source in part.sources)
+    return (
+        f"{part.samples:,} samples, {part.tokens:,} tokens, {part.supervised_tokens:,} learnt ({share:.0%}), "
+        f"longest {part.longest:,}" + (f", {truncated:,} truncated" if truncated else "")
+    )
+
+
+def _plan(setup: Setup) -> Iterator[tuple[str, str]]:
+    training = setup.request.recipe.training
+    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    yield "batch", f"{batch} x {accumulation} accumulated x {setup.processes} processes"
+    yield "rate", f"{training.learning_rate:g}, {training.lr_scheduler_type}, {training.optim}"
+    kept = "all kept" if training.save_total_limit is None else f"{training.save_total_limit} kept"
+    yield "save", _when(training.save_strategy, training.save_steps) + f", {kept}"
+    if setup.prepared.eval is not None:
+        yield "evaluate", _when(training.eval_strategy, training.eval_steps)
+    yield "output", training.output_dir
+
+
+def _when(strategy: str, steps: int) -> str:
+    return {"no": "at the end", "epoch": "every epoch"}.get(strategy, f"every {steps} steps")
