@@ -215,13 +215,23 @@ def _share(attached: Attached, name: str, sites: list[tuple[Site, Adapter]], opt
         return
     site, adapter = sites[0]
     made = type(adapter).make_shared([adapter for _, adapter in sites], attached.configs[name])
+    config.check_beside(list(attached.configs.values()))
     for key, spec in specs.items():
         tensor = made.get(key)
         if tensor is None:
             tensor = torch.empty(spec.shape, device=site.device)
             fill(tensor, spec.init)
         bank = attached.shared.setdefault(key, nn.ParameterDict() if spec.trainable else Buffers())
-        bank[name] = nn.Parameter(tensor.to(site.device)) if spec.trainable else tensor.to(site.device)
+        tensor = tensor.to(site.device)
+        bank[name] = nn.Parameter(tensor) if spec.trainable else _equal_tensor(bank, tensor)
+
+
+def _equal_tensor(bank: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor another adapter already keeps, if it is the same (both made from one seed), else `tensor`."""
+    if tensor.is_meta:
+        return tensor
+    same = (other for other in bank.buffers() if other.shape == tensor.shape and torch.equal(other, tensor))
+    return next(same, tensor)
 
 
 def _attach_site(attached: Attached, name: str, site: Site, adapter: Adapter, options: _Placement) -> None:
@@ -234,7 +244,7 @@ def _attach_site(attached: Attached, name: str, site: Site, adapter: Adapter, op
         )
         layer = layer_for(site, attached.context, weight_is_read=read)
         _replace(attached.root, site.name, layer)
-    shared = Tensors({key: bank[name] for key, bank in attached.shared.items() if name in bank})
+    shared = {key: bank for key, bank in attached.shared.items() if name in bank}
     layer.add(
         name,
         adapter,

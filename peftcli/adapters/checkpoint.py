@@ -129,11 +129,12 @@ def load_state(
         InputErrors: listing every missing, unexpected and mis-shaped tensor; nothing has been changed then.
     """
     owned = owned_tensors(attached, name)
-    extra = embedding_tensors(attached)
+    banks = {f"base_model.{key}": bank for key, bank in attached.shared.items() if name in bank}
+    targets = embedding_tensors(attached) | {key: bank[name] for key, bank in banks.items()} | owned
     given = {key: tensor for key, tensor in tensors.items() if not _obsolete(attached, name, key)}
-    problems = [_missing(key, given, place) for key in owned if key not in given and key not in _regenerated(attached)]
+    problems = [_missing(key, given, place) for key in owned if key not in given]
     for key, tensor in given.items():
-        target = owned.get(key, extra.get(key))
+        target = targets.get(key)
         if target is None:
             problems.append(_unexpected(key, place))
         elif target.shape != tensor.shape:
@@ -150,12 +151,11 @@ def load_state(
         raise problems[0] if len(problems) == 1 else InputErrors(problems)
     with torch.no_grad():
         for key, tensor in given.items():
-            owned.get(key, extra.get(key)).copy_(tensor)  # type: ignore[union-attr]
-
-
-def _regenerated(attached: Attached) -> set[str]:
-    """Keys a file may leave out, since the tensors come from a seed."""
-    return {f"base_model.{key}" for key in attached.shared}
+            bank = banks.get(key)
+            if isinstance(bank, Buffers):
+                bank[name] = tensor.to(bank[name])  # replaced: another adapter may share the old tensor
+            else:
+                targets[key].copy_(tensor)
 
 
 def _obsolete(attached: Attached, name: str, key: str) -> bool:

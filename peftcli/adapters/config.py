@@ -145,6 +145,9 @@ class PeftConfig:
         """The config that belongs to the tensors `Adapter.stored` gives."""
         return self
 
+    def check_beside(self, others: list[PeftConfig]) -> None:
+        """Refuse to stand in one model with these. Methods whose adapters share something extend it."""
+
     def adapter_variant(self) -> Method | None:
         """Another adapter class than the registry's, where a field asks for one (DoRA)."""
         return None

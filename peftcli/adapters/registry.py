@@ -34,6 +34,7 @@ METHODS: dict[str, Method] = {
     "LOHA": Method("loha", "LoHaConfig", "LoHa"),
     "LOKR": Method("lokr", "LoKrConfig", "LoKr"),
 }
+    "VERA": Method("vera", "VeraConfig", "Vera"),
 
 
 PeftType = Enum("PeftType", {name: name for name in METHODS}, type=str)  # type: ignore[misc]  # one source of names

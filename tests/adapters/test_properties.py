@@ -81,6 +81,8 @@ ROWS = [
     Row("LOKR", {"r": 1, "decompose_both": True, "decompose_factor": 4, "init_weights": "lycoris"}),
     Row("LOKR", {"r": 1, "use_effective_conv2d": True}),
 ]
+    Row("VERA", {"r": 8, "d_initial": 0.5}),
+    Row("VERA", {"r": 8, "save_projection": False, "projection_prng_key": 3}),
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
 
