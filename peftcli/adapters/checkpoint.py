@@ -17,6 +17,7 @@ from torch import Tensor  # noqa: TID253
 
 from peftcli.adapters.config import CONFIG_NAME, read_strict_json
 from peftcli.adapters.engine import Attached, embeddings
+from peftcli.adapters.layer import Buffers
 from peftcli.errors import InputError, InputErrors, printable
 
 WEIGHTS_NAME = "adapter_model.safetensors"
