@@ -80,8 +80,8 @@ def _audit(folder: Path, base: Path | None) -> Audit:
     copies: dict[str, TensorInfo] = {}
     _check_start(config, findings)
     if isinstance(config, TunerConfig):
-        contents = sort_out(file, config, findings)
         try:
+            contents = sort_out(file, config, findings)
             fits = check_modules(config, contents, facts, findings)
         except InputError as error:  # an expression in the config that is broken or too slow
             findings.add(error, folder / CONFIG_NAME)

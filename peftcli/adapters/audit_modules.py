@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 
-from peftcli.adapters.base import Adapter, SiteShape, TensorSpec
+from peftcli.adapters.base import Adapter, TensorSpec
 from peftcli.adapters.base_facts import BaseFacts
 from peftcli.adapters.config import TunerConfig
 from peftcli.adapters.findings import Findings
-from peftcli.adapters.fit import KINDS, PROBES, Fit, Found, fit
+from peftcli.adapters.fit import ANY, Fit, Found, agrees, fit, probes
 from peftcli.adapters.header import TensorFile, TensorInfo
-from peftcli.adapters.keys import PREFIX, Key, take_apart
+from peftcli.adapters.keys import PREFIX, Key, base_path, take_apart
 from peftcli.adapters.registry import adapter_class
 from peftcli.adapters.targets import default_targets, layer_index, matches
 from peftcli.errors import InputError, printable
@@ -37,7 +36,11 @@ class Contents:
 
 
 def sort_out(file: TensorFile, config: TunerConfig, findings: Findings) -> Contents:
-    """Sort a file's tensors by their names; names that are not as they should be are reported."""
+    """Sort a file's tensors by their names; names that are not as they should be are reported.
+
+    Raises:
+        InputError: if the config holds something the method can't work with.
+    """
     parameters = _parameter_names(adapter_class(config), config)
     modules: dict[str, Found] = defaultdict(dict)
     shared: Found = {}
@@ -64,10 +67,14 @@ def _ascii(name: str) -> str:
 def _parameter_names(cls: type[Adapter], config: TunerConfig) -> set[str]:
     """Every name the method may give a tensor, at whatever kind of module."""
     names: set[str] = set()
-    for kind in cls.kinds & set(KINDS):
-        for in_features, out_features in PROBES:
-            with suppress(InputError):  # a block size that does not divide the probe
-                names |= cls(config, SiteShape("probe", kind, in_features, out_features)).tensors().keys()
+    problem: InputError | None = None
+    for shape in probes(cls, "probe"):
+        try:
+            names |= cls(config, shape).tensors().keys()
+        except InputError as error:  # a block size that does not divide the probe
+            problem = error
+    if problem and not names:
+        raise problem
     return names
 
 
@@ -85,7 +92,7 @@ def check_modules(
     cls = adapter_class(config)
     fits = {}
     for path, found in contents.modules.items():
-        site = path.replace("base_layer.", "").removesuffix(".base_layer")
+        site = base_path(path)
         candidates = base.shapes(site) if base else []
         fits[path] = option = fit(cls, config, site, found, candidates)
         cause = _not_meant(config, site, base)
@@ -108,23 +115,25 @@ def _check_tensors(option: Fit, path: str, found: Found, findings: Findings) -> 
         if spec is None:
             if name not in option.adapter.obsolete:
                 findings.error("does not belong beside the module's other tensors", _ascii(tensor.name))
-        elif len(spec.shape) != len(tensor.shape) or (option.exact and spec.shape != tensor.shape):
+        elif not agrees(spec, tensor):
             findings.error(_wrong_shape(option, name, spec, tensor), _ascii(tensor.name))
 
 
 def _wrong_shape(option: Fit, name: str, spec: TensorSpec, tensor: TensorInfo) -> str:
     """What is wrong with a shape, in the words of the config where it is the rank."""
-    is_, meant = list(tensor.shape), list(spec.shape)
-    if not option.exact:
-        return f"is {is_}; {len(meant)} dimensions are meant"
     rank = getattr(option.adapter, "r", None)
-    if len(is_) == len(meant):
-        wrong = [(have, want) for have, want in zip(is_, meant, strict=True) if have != want]
+    text = f"is {list(tensor.shape)}, not {_shown(spec.shape)}"
+    if len(spec.shape) == len(tensor.shape):
+        wrong = [(have, want) for have, want in zip(tensor.shape, spec.shape, strict=True) if want not in (ANY, have)]
         if rank is not None and all(want == rank for _, want in wrong):
-            return f"is {is_}, not {meant}: r is {rank} in the config, {wrong[0][0]} in {name}"
-        if is_ == meant[::-1]:
-            return f"is {is_}, not {meant}: stored transposed"
-    return f"is {is_}, not {meant}"
+            return f"{text}: r is {rank} in the config, {wrong[0][0]} in {name}"
+        if tensor.shape == spec.shape[::-1]:
+            return f"{text}: stored transposed"
+    return text
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join('any' if size == ANY else str(size) for size in shape)}]"
 
 
 def _check_shared(fits: dict[str, Fit], shared: Found, findings: Findings) -> None:
@@ -169,22 +178,26 @@ def _listed(names: set[str] | list[str] | str) -> str:
 
 def _check_presence(config: TunerConfig, contents: Contents, base: BaseFacts, findings: Findings) -> None:
     """Modules of the base that the config means and the file says nothing about, and the other way round."""
-    sites = {path.replace("base_layer.", "").removesuffix(".base_layer") for path in contents.modules}
-    strangers = [site for site in sites if base.find(f"{site}.weight") is None and not base.shapes(site)]
+    sites = {base_path(path) for path in contents.modules}
+    weights = {site: base.find(f"{site}.weight") or base.find(f"{site}.in_proj_weight") for site in sites}
+    strangers = [site for site, weight in weights.items() if weight is None]
     for site in sorted(strangers):
         findings.doubt(f"is no module of the base {printable(base.folder.name)}", _ascii(site))
     if strangers:  # the model names its modules otherwise than its checkpoint: nothing can be missed
         return
     leaves = {site.rpartition(".")[2] for site in sites}
+    present = {weight.name.removesuffix(".weight") for weight in weights.values() if weight}
     for module in _meant(config, base):
-        if module not in sites and module.rpartition(".")[2] in leaves:
+        if module not in present and module.rpartition(".")[2] in leaves:
             findings.error("is meant by the config, but has no tensors in the file", f"{PREFIX}{module}")
 
 
 def _meant(config: TunerConfig, base: BaseFacts) -> Iterator[str]:
+    kinds = adapter_class(config).kinds
     for module in base.modules():
         try:
-            if base.shapes(module) and _not_meant(config, module, base) is None:
+            is_kind = any(shape.kind in kinds for shape in base.shapes(module))
+            if is_kind and _not_meant(config, module, base) is None:
                 yield module
         except InputError:  # an expression that takes too long on this name; the adapter's own were checked
             return

@@ -64,13 +64,15 @@ class BaseFacts:
         return found or (tied if name == "lm_head.weight" else None)
 
     def shapes(self, module: str) -> list[SiteShape]:
-        """What a module may be, judged by its weight: a matrix is a linear layer or an embedding. [] where unknown."""
+        """What a module may be, judged by its weight: a matrix is a linear layer or an embedding. [] if unknown."""
         packed = self.find(f"{module}.in_proj_weight")
         weight = packed or self.find(f"{module}.weight")
-        if weight is None or weight.dtype not in FLOATS or len(weight.shape) < 2:
+        if weight is None or weight.dtype not in FLOATS or weight.numel == 0 or not weight.shape:
             return []
-        out_features, in_features, *kernel = weight.shape
         bias = self.find(f"{module}.bias") is not None
+        if len(weight.shape) == 1:
+            return [SiteShape(module, "module", weight.numel, weight.numel, has_bias=bias)]
+        out_features, in_features, *kernel = weight.shape
         if packed:
             return [SiteShape(module, "attention", in_features, out_features, has_bias=bias)]
         if kernel:
@@ -81,12 +83,8 @@ class BaseFacts:
         return [SiteShape(module, "linear", in_features, out_features, has_bias=bias), embedding]
 
     def modules(self) -> list[str]:
-        """Modules with a weight that is at least a matrix, in the file's order."""
-        return [
-            name.removesuffix(".weight")
-            for name, tensor in self.tensors.items()
-            if name.endswith(".weight") and len(tensor.shape) > 1
-        ]
+        """Modules with a weight, in the file's order."""
+        return [name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")]
 
 
 def find_base(name: str | None, revision: str | None, *, beside: Path) -> Path | None:

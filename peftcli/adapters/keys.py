@@ -43,8 +43,13 @@ class Key:
 
     @property
     def site(self) -> str:
-        """Path of the module in the base model: without the names that wrapping modules put into it."""
-        return ".".join(part for part in self.module.split(".") if part != "base_layer")
+        """Path of the module in the base model."""
+        return base_path(self.module)
+
+
+def base_path(module: str) -> str:
+    """A module's path without the names that wrapping modules put into it."""
+    return ".".join(part for part in module.split(".") if part != "base_layer")
 
 
 def take_apart(name: str, parameters: Iterable[str]) -> Key:

@@ -7,6 +7,7 @@ Constrained OFT (`coft`) keeps the parameters near zero; the projection is part 
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from dataclasses import dataclass
@@ -178,7 +179,8 @@ class Oft(TransformAdapter):
 
 def _divisor(name: str, wanted: int, features: int) -> int:
     """The divisor of `features` nearest to the wanted number, the lower of two; with PEFT's warning if it differs."""
-    nearest = min((n for n in range(1, features + 1) if features % n == 0), key=lambda n: (abs(n - wanted), n))
+    lower = [n for n in range(1, math.isqrt(features) + 1) if features % n == 0]
+    nearest = min({*lower, *(features // n for n in lower)}, key=lambda n: (abs(n - wanted), n))
     if nearest != wanted:
         warnings.warn(f"Invalid `{name}` ({wanted})! Adjusted `{name}` to ({nearest}).", stacklevel=2)
     return nearest
