@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch  # noqa: TID253
 from torch import nn  # noqa: TID253
 
-from peftcli.adapters.base import Adapter, Tensors, fill
+from peftcli.adapters.base import Adapter, CopyAdapter, CopyNames, fill
 from peftcli.adapters.config import PeftConfig, TunerConfig, as_set, as_tuner_config
-from peftcli.adapters.copies import CopyLayer, TrainedBiases, trained_bias_owners
+from peftcli.adapters.copies import MODULES_TO_SAVE, CopyLayer, TrainedBiases, trained_bias_owners
 from peftcli.adapters.engine import STATE, Attached, attached_to, base_modules, embeddings
 from peftcli.adapters.layer import AdapterLayer, Buffers, layer_for
 from peftcli.adapters.registry import adapter_class
@@ -52,7 +52,7 @@ def attach(
     undo = _replicate(attached, config)
     try:
         sites = plan_sites(model, config)
-        copies = _modules_to_copy(model, config, sites)
+        copies = plan_copies(model, config, sites)
     except InputError:
         undo()
         raise
@@ -66,8 +66,8 @@ def attach(
     _share(attached, name, sites, options)
     for site, adapter in sites:
         _attach_site(attached, name, site, adapter, options)
-    for path in copies:
-        _attach_copy(attached, name, path, options)
+    for path, names in copies.items():
+        _attach_copy(attached, name, path, names, options)
     mode = getattr(config, "bias", "none")
     if mode != "none":
         adapted = {layer.base_layer for _, layer in attached.layers() if name in layer.adapters}
@@ -102,15 +102,12 @@ class _Placement:
 
 def plan_sites(model: nn.Module, config: TunerConfig) -> list[tuple[Site, Adapter]]:
     """The sites a config adapts and the adapter of each, before anything is changed."""
-    base = dict(base_modules(model))
-    _fill_defaults(model, config)
-    linear = [path for path, module in base.items() if _is_linear(model, path, module)]
-    chosen = select(config, base, linear=linear)
-    for missing in unmatched_targets(config, chosen):
-        warnings.warn(f"target_modules: `{missing}` matches no module of the model", stacklevel=4)
     method = adapter_class(config)
+    if issubclass(method, CopyAdapter):
+        return []
+    base = dict(base_modules(model))
     planned: list[tuple[Site, Adapter]] = []
-    for path in chosen:
+    for path in _targets(model, config, base):
         if any(path.startswith(f"{site.name}.") for site, _ in planned):
             continue  # inside a module that is adapted already
         site = site_for(base[path], path)
@@ -129,6 +126,32 @@ def plan_sites(model: nn.Module, config: TunerConfig) -> list[tuple[Site, Adapte
     for _, adapter in planned:
         adapter.tensors()  # refuses settings that do not fit its module
     return planned
+
+
+def plan_copies(model: nn.Module, config: TunerConfig, sites: list[tuple[Site, Adapter]]) -> dict[str, CopyNames]:
+    """The modules an adapter trains in full, by path: its `modules_to_save`, and what a copying method targets."""
+    copies = dict.fromkeys(_modules_to_save(model, config), MODULES_TO_SAVE)
+    adapted = [site.name for site, _ in sites]
+    method = adapter_class(config)
+    if issubclass(method, CopyAdapter):
+        adapted = _targets(model, config, dict(base_modules(model)))
+    if both := sorted(set(adapted) & set(copies)):
+        raise InputError(
+            f"{both[0]} is adapted and also trained in full", field="modules_to_save", fix="name it in one"
+        )
+    if issubclass(method, CopyAdapter):
+        copies |= dict.fromkeys(adapted, method.names)
+    return {path: names for path, names in copies.items() if not any(path.startswith(f"{outer}.") for outer in copies)}
+
+
+def _targets(model: nn.Module, config: TunerConfig, base: dict[str, nn.Module]) -> list[str]:
+    """The modules `target_modules` means, with a warning for entries that mean none."""
+    _fill_defaults(model, config)
+    linear = [path for path, module in base.items() if _is_linear(model, path, module)]
+    chosen = select(config, base, linear=linear)
+    for missing in unmatched_targets(config, chosen):
+        warnings.warn(f"target_modules: `{missing}` matches no module of the model", stacklevel=5)
+    return chosen
 
 
 def _is_linear(model: nn.Module, path: str, module: nn.Module) -> bool:
@@ -175,7 +198,7 @@ def _settle_fan_in_fan_out(config: TunerConfig, site: Site) -> None:
         config.fan_in_fan_out = stored_transposed
 
 
-def _modules_to_copy(model: nn.Module, config: TunerConfig, sites: list[tuple[Site, Adapter]]) -> list[str]:
+def _modules_to_save(model: nn.Module, config: TunerConfig) -> list[str]:
     names = config.modules_to_save
     if not names:
         return []
@@ -184,12 +207,7 @@ def _modules_to_copy(model: nn.Module, config: TunerConfig, sites: list[tuple[Si
     heads = ("classifier", "score", "qa_outputs")  # task types add all of them; a model has one
     if missing := [name for name in unmatched if name not in heads]:
         raise InputError(f"{missing} name no module of the model", field="modules_to_save")
-    adapted = {site.name for site, _ in sites}
-    if both := sorted(adapted & set(paths)):
-        raise InputError(
-            f"{both[0]} is adapted and also trained in full", field="modules_to_save", fix="name it in one"
-        )
-    return [path for path in paths if not any(path.startswith(f"{outer}.") for outer in paths)]
+    return paths
 
 
 def _check_new(attached: Attached, config: TunerConfig, name: str) -> None:
@@ -197,6 +215,7 @@ def _check_new(attached: Attached, config: TunerConfig, name: str) -> None:
         raise InputError(f"adapter name {name!r} may not contain a dot or be empty", field="adapter_name")
     if name in attached.configs:
         raise InputError(f"Adapter with name {name} already exists.", field="adapter_name")
+    config.check_beside(list(attached.configs.values()))
     if attached.merged:
         raise InputError("Cannot add an adapter while others are merged", fix="unmerge_adapter() first")
     biased = [other for other in attached.configs.values() if getattr(other, "bias", "none") != "none"]
@@ -215,7 +234,6 @@ def _share(attached: Attached, name: str, sites: list[tuple[Site, Adapter]], opt
         return
     site, adapter = sites[0]
     made = type(adapter).make_shared([adapter for _, adapter in sites], attached.configs[name])
-    config.check_beside(list(attached.configs.values()))
     for key, spec in specs.items():
         tensor = made.get(key)
         if tensor is None:
@@ -260,11 +278,10 @@ def _inside_attention(attached: Attached, path: str) -> bool:
     return isinstance(getattr(parent, "base_layer", parent), nn.MultiheadAttention)
 
 
-def _attach_copy(
-    attached: Attached, name: str, path: str, options: _Placement, kind: type[CopyLayer] = CopyLayer
-) -> None:
+def _attach_copy(attached: Attached, name: str, path: str, names: CopyNames, options: _Placement) -> None:
     existing = _find(attached.root, path)
-    copied = existing if isinstance(existing, kind) else kind(existing, attached.context)
+    fitting = existing if isinstance(existing, CopyLayer) and existing.names == names else None
+    copied = fitting or CopyLayer(existing, attached.context, names)
     if copied is not existing:
         _replace(attached.root, path, copied)
     dtype = next((p.dtype for p in copied.original.parameters() if p.is_floating_point()), torch.float32)

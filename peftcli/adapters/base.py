@@ -1,6 +1,6 @@
 """What a method states: its tensors and one equation. Forward, merge, unmerge, saving and loading are derived from it.
 
-A method is a class of one of three families. It holds no parameters: the layer that wraps the adapted module does, under
+A method is a class of one of four families. It holds no parameters: the layer that wraps the adapted module does, under
 PEFT's names, and hands them in as `p` (so the same equation serves a live model, a merge of files and a memory plan).
 
 | family             | equation                    | the method writes                                   |
@@ -8,6 +8,7 @@ PEFT's names, and hands them in as `p` (so the same equation serves a live model
 | `LowRankAdapter`   | y = W x + b + B (A x)       | `factors(p)` -> A [r, in], B [out, r]               |
 | `DeltaAdapter`     | y = (W + dW) x + b          | `delta(p)` -> dW [out, in]; `activation` to be quick  |
 | `TransformAdapter` | y = after(W before(x) + b)  | `before(p, x)` and/or `after(p, y)`                 |
+| `CopyAdapter`      | y = copy(x)                 | `names` of the parts                                |
 
 Weights are always meant as the matrix [out, in] that multiplies a column of inputs, whatever the module stores: a
 convolution is [out, in/groups * kernel], an embedding [dim, tokens], GPT-2's Conv1D its transpose. `Site` translates.
@@ -272,6 +273,30 @@ class TransformAdapter(Adapter):
 
     def merged_bias(self, p: Tensors, bias: Tensor) -> Tensor:
         return self.after(p, bias.unsqueeze(0)).squeeze(0) if self.acts_on_outputs and self.transforms_bias else bias
+
+
+@dataclass(frozen=True)
+class CopyNames:
+    """What PEFT calls the parts of a layer that keeps copies of a module.
+
+    Attributes:
+        original: the child that is the module itself.
+        copies: the child that holds a copy for each adapter.
+        saved: what the file's keys have between the module's path and the parameter's name.
+        what: the kind of adapter, for messages.
+    """
+
+    original: str
+    copies: str
+    saved: str
+    what: str
+
+
+class CopyAdapter(Adapter):
+    """y = copy(x), the module trained in full. The method writes `names`; `tensors` describes the usual module."""
+
+    kinds = frozenset({"module"})
+    names: ClassVar[CopyNames]
 
 
 def fill(tensor: Tensor, init: Init, generator: torch.Generator | None = None) -> None:

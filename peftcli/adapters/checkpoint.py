@@ -34,7 +34,7 @@ def owned_tensors(attached: Attached, name: str) -> dict[str, Tensor]:
     for path, copied in attached.copies():
         if name in copied.copies:
             state = copied.copies[name].state_dict(keep_vars=True)
-            owned.update({f"{PREFIX}{path}.{copied.saved_prefix}{key}": tensor for key, tensor in state.items()})
+            owned.update({f"{PREFIX}{path}.{copied.names.saved}{key}": tensor for key, tensor in state.items()})
     if name in attached.biases:
         biases = attached.biases[name]
         paths = {module: path for path, module in attached.root.named_modules()}

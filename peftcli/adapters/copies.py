@@ -12,44 +12,47 @@ from typing import Any
 import torch  # noqa: TID253
 from torch import nn  # noqa: TID253
 
+from peftcli.adapters.base import CopyNames
 from peftcli.adapters.context import BASE, ForwardContext
 from peftcli.errors import InputError
 
-ROW_WISE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ROW_WISE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.GroupNorm)
 """Modules whose output row i depends on input row i alone, so that rows of different adapters may share a batch."""
+
+MODULES_TO_SAVE = CopyNames("original_module", "modules_to_save", saved="", what="modules_to_save")
 
 
 class CopyLayer(nn.Module):
     """A module with one trained copy an adapter; the active adapter's copy answers.
 
-    The two class attributes are the child names PEFT uses; they differ between modules_to_save and LN tuning.
+    Args:
+        module: the module as it stands in the base model.
+        context: facts about the running batch, shared by all layers of a model.
+        names: what PEFT calls the parts.
     """
 
-    original_name = "original_module"
-    copies_name = "modules_to_save"
-    saved_prefix = ""
-    """What the file's keys have between the module path and the parameter name."""
-
-    def __init__(self, module: nn.Module, context: ForwardContext) -> None:
+    def __init__(self, module: nn.Module, context: ForwardContext, names: CopyNames = MODULES_TO_SAVE) -> None:
         super().__init__()
         if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
-            raise InputError(f"modules_to_save cannot be applied to modules of type {type(module).__name__}")
-        self.add_module(self.original_name, module)
-        self.add_module(self.copies_name, nn.ModuleDict())
+            raise InputError(f"{names.what} cannot be applied to modules of type {type(module).__name__}")
+        self.names = names
+        self.add_module(names.original, module)
+        self.add_module(names.copies, nn.ModuleDict())
         self.context = context
         self.active_adapters: list[str] = []
+        self.merged_adapters: list[str] = []
         self.disable_adapters = False
         self.train(module.training)
 
     @property
     def original(self) -> nn.Module:
-        module = self._modules[self.original_name]
+        module = self._modules[self.names.original]
         assert module is not None
         return module
 
     @property
     def copies(self) -> nn.ModuleDict:
-        copies = self._modules[self.copies_name]
+        copies = self._modules[self.names.copies]
         assert isinstance(copies, nn.ModuleDict)
         return copies
 
@@ -64,11 +67,32 @@ class CopyLayer(nn.Module):
         if name in self.active_adapters:
             self.active_adapters.remove(name)
 
+    def check_active(self, names: list[str], place: str) -> None:
+        """Refuse several copies at once where the copies are the adapter: which one should answer?"""
+        held = [name for name in names if name in self.copies]
+        if len(held) > 1 and self.names is not MODULES_TO_SAVE:
+            raise InputError(f"{self.names.what} does not allow more than one active adapter at a time", place=place)
+
     @property
     def active(self) -> nn.Module:
         """The module that answers now."""
-        names = [name for name in self.active_adapters if name in self.copies]
+        names = [name for name in self.merged_adapters or self.active_adapters if name in self.copies]
         return self.original if self.disable_adapters or not names else self.copies[names[0]]
+
+    def merge(self, names: list[str]) -> None:
+        """Let the copy of the first of `names` answer until `unmerge`, whichever adapter is active."""
+        self.merged_adapters += [name for name in names if name in self.copies and name not in self.merged_adapters]
+
+    def unmerge(self) -> None:
+        self.merged_adapters.clear()
+
+    def final(self) -> nn.Module:
+        """The module to leave in the layer's place: the one that answers, in the original's precision."""
+        module = self.active
+        have = {name: p.dtype for name, p in self.original.named_parameters()}
+        for name, parameter in module.named_parameters():
+            parameter.data = parameter.data.to(have[name])
+        return module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.context.adapter_names is None or self.disable_adapters:
@@ -88,8 +112,9 @@ class CopyLayer(nn.Module):
         return output.to(have) if torch.is_tensor(output) else output
 
     def _forward_mixed(self, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self.original, ROW_WISE):
-            raise InputError(f"Mixed batching is not supported for {type(self.original).__name__} in modules_to_save")
+        kind = type(self.original).__name__
+        if not isinstance(self.original, ROW_WISE) and not kind.endswith(("RMSNorm", "LayerNorm")):
+            raise InputError(f"Mixed batching is not supported for {kind} in {self.names.what}")
         x = args[0]
         output = self.original(*args, **kwargs)
         for name, rows in self.context.rows_by_adapter(x.shape[0]).items():
@@ -104,7 +129,7 @@ class CopyLayer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("_modules", self.original_name, self.copies_name):
+            if "names" not in self.__dict__ or name in (self.names.original, self.names.copies):
                 raise
             return getattr(self.active, name)
 

@@ -54,9 +54,13 @@ class Attached:
         """(path in the model, layer) of every module trained in full."""
         return ((path, m) for path, m in self.root.named_modules() if isinstance(m, CopyLayer))
 
+    def parts(self) -> Iterator[AdapterLayer | CopyLayer]:
+        """Everything that stands in a module's place."""
+        return (m for m in self.root.modules() if isinstance(m, (AdapterLayer, CopyLayer)))
+
     @property
     def merged(self) -> bool:
-        return any(layer.merged for _, layer in self.layers())
+        return any(layer.merged_adapters for layer in self.parts())
 
     # -- switching ------------------------------------------------------------------------------------------------
 
@@ -64,6 +68,8 @@ class Attached:
         """Make `names` the active adapters: only their tensors get gradients, unless `trainable` is False."""
         for name in names:
             self._known(name)
+        for path, copied in self.copies():
+            copied.check_active(names, path)
         if self.merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self.unmerge()
@@ -130,17 +136,19 @@ class Attached:
             raise InputError(f"adapter_names should be a list of strings, got {names!r}.")
         for name in names or []:
             self._known(name)
-        merged = {name for _, layer in self.layers() for name in layer.merged_adapters}
+        merged = {name for layer in self.parts() for name in layer.merged_adapters}
         if merged and not set(names or self.active) - merged:
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
             return
         for _, layer in self.layers():
             layer.merge(names, safe_merge=safe_merge)
+        for _, copied in self.copies():
+            copied.merge(names or self.active)
 
     def unmerge(self) -> None:
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
-        for _, layer in self.layers():
+        for layer in self.parts():
             layer.unmerge()
 
     def unload(self, *, merge: bool, names: list[str] | None = None, safe_merge: bool = False) -> nn.Module:
@@ -158,7 +166,8 @@ class Attached:
         for name, biases in self.biases.items():
             biases.switch(merge and name in (names or self.active))
         for path, copied in list(self.copies()):
-            _put(self.root, path, copied.active if merge else copied.original)
+            copied.merge(names or self.active)
+            _put(self.root, path, copied.final() if merge else copied.original)
         for path, layer in reversed(list(self.layers())):  # inner layers first: paths of outer ones stay true
             _put(self.root, path, layer.base_layer)
         if merge:

@@ -30,11 +30,13 @@ METHODS: dict[str, Method] = {
     "OFT": Method("oft", "OFTConfig", "Oft"),
     "BOFT": Method("boft", "BOFTConfig", "Boft"),
     "HRA": Method("hra", "HRAConfig", "Hra"),
+    "LN_TUNING": Method("ln_tuning", "LNTuningConfig", "LnTuning"),
     "ROAD": Method("road", "RoadConfig", "Road"),
     "LOHA": Method("loha", "LoHaConfig", "LoHa"),
     "LOKR": Method("lokr", "LoKrConfig", "LoKr"),
-}
     "VERA": Method("vera", "VeraConfig", "Vera"),
+    "FOURIERFT": Method("fourierft", "FourierFTConfig", "FourierFT"),
+}
 
 
 PeftType = Enum("PeftType", {name: name for name in METHODS}, type=str)  # type: ignore[misc]  # one source of names

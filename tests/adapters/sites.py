@@ -72,4 +72,6 @@ SITES = [
     SiteCase("conv3d", "conv", lambda: nn.Conv3d(4, 8, (1, 2, 2), bias=False), _images(4, 3, 4, 4)),
     SiteCase("embedding", "embedding", lambda: nn.Embedding(32, 16), lambda: torch.randint(0, 32, (3, 5))),
     SiteCase("attention", "attention", lambda: nn.MultiheadAttention(16, 2, batch_first=True), _images(5, 16)),
+    SiteCase("layer_norm", "module", lambda: nn.LayerNorm(16), _images(5, 16)),
+    SiteCase("block", "module", lambda: nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8)), _images(16)),
 ]

@@ -64,6 +64,7 @@ ROWS = [
     Row("BOFT", {"boft_block_size": 2, "boft_n_butterfly_factor": 3}, without=("conv2d_grouped",)),
     Row("HRA", {"r": 4}),
     Row("HRA", {"r": 2, "apply_GS": True}, identity=False),
+    Row("LN_TUNING"),
     Row("ROAD", {"group_size": 4}),
     Row(
         "ROAD",
@@ -80,9 +81,11 @@ ROWS = [
     Row("LOKR", {"r": 4, "alpha": 6}),
     Row("LOKR", {"r": 1, "decompose_both": True, "decompose_factor": 4, "init_weights": "lycoris"}),
     Row("LOKR", {"r": 1, "use_effective_conv2d": True}),
-]
     Row("VERA", {"r": 8, "d_initial": 0.5}),
     Row("VERA", {"r": 8, "save_projection": False, "projection_prng_key": 3}),
+    Row("FOURIERFT", {"n_frequency": 50, "init_weights": True}),
+    Row("FOURIERFT", {"n_frequency": 60, "n_frequency_pattern": {"s.te": 1}}, identity=False),
+]
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
 
@@ -216,7 +219,7 @@ def test_delete_leaves_no_trace(row: Row, site: SiteCase) -> None:
 
 @table
 def test_rows_of_two_adapters_in_one_batch(row: Row, site: SiteCase) -> None:
-    if site.kind == "attention" or row.options.get("bias", "none") != "none":
+    if site.name in ("attention", "block") or row.options.get("bias", "none") != "none":
         pytest.skip("refused by name: see test_engine")
     model, x, base = adapted(row, site)
     model.add_adapter("other", row.config())
@@ -241,6 +244,11 @@ def test_two_active_adapters_compose(row: Row, site: SiteCase) -> None:
     model.add_adapter("other", row.config())
     model.set_adapter("other")
     randomize(model, seed=2)
+    if site.kind == "module":
+        with pytest.raises(ValueError, match="more than one active adapter"):
+            model.set_adapter(["default", "other"])
+        assert model.active_adapters == ["other"]
+        return
     model.set_adapter(["default", "other"])
     model.eval()
     expected = model(x)
@@ -279,11 +287,10 @@ def test_works_without_tensors_on_the_meta_device(row: Row, site: SiteCase) -> N
 def test_delta_methods_state_the_same_update_twice() -> None:
     """`activation` is a short cut for `delta`: the two must agree."""
     for row in ROWS:
-        site = SITES[0]
-        model, x, _ = adapted(row, site)
-        layer = next(layer for _, layer in model.base_model.attached.layers())
-        adapter, p = layer.adapters["default"], layer.tensors("default")
-        if isinstance(adapter, DeltaAdapter) and not row.options.get("lora_bias"):
-            quick = adapter.activation(p, x, layer.site)
-            if quick is not None:
-                torch.testing.assert_close(quick, x @ adapter.delta(p).T, atol=1e-5, rtol=1e-4)
+        model, x, _ = adapted(row, SITES[0])
+        for _, layer in model.base_model.attached.layers():
+            adapter, p = layer.adapters["default"], layer.tensors("default")
+            if isinstance(adapter, DeltaAdapter) and not row.options.get("lora_bias"):
+                quick = adapter.activation(p, x, layer.site)
+                if quick is not None:
+                    torch.testing.assert_close(quick, x @ adapter.delta(p).T, atol=1e-5, rtol=1e-4)
