@@ -43,6 +43,14 @@ class TaskType(str, Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+HEADS: dict[TaskType | None, list[str]] = {
+    TaskType.SEQ_CLS: ["classifier", "score"],
+    TaskType.TOKEN_CLS: ["classifier", "score"],
+    TaskType.QUESTION_ANS: ["qa_outputs"],
+}
+"""Heads that a task trains in full: the base was published without them."""
+
+
 def later(default: Any, *, since: str) -> Any:
     """A field PEFT 0.13.0 does not know: written only when it differs from `default`."""
     metadata = {"since": since}
@@ -87,6 +95,11 @@ class PeftConfig:
     auto_mapping: dict[str, Any] | None = None
     inference_mode: bool = False
 
+    @property
+    def task(self) -> TaskType | None:
+        """`task_type` if it is one of the known ones."""
+        return TaskType(self.task_type) if self.task_type in set(TaskType) else None
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values; sets become sorted lists, so equal configs give equal text."""
         values = {item.name: _plain(getattr(self, item.name)) for item in config_fields(type(self))}
@@ -97,8 +110,7 @@ class PeftConfig:
         values = self.to_dict()
         values["inference_mode"] = True
         for item in config_fields(type(self)):
-            unsaid = "since" in item.metadata and values[item.name] == _plain(default_of(item))
-            if unsaid or not item.metadata.get("saved", True):
+            if "since" in item.metadata and values[item.name] == _plain(default_of(item)):
                 del values[item.name]
         return values
 
@@ -199,8 +211,8 @@ class TunerConfig(PeftConfig):
 
 
 def config_fields(cls: type[PeftConfig]) -> list[Field[Any]]:
-    """The fields PEFT's config of a method has too."""
-    return [item for item in fields(cls) if item.name not in cls.absent]
+    """The fields a file or a recipe may hold: PEFT's of this method, without those of the running process."""
+    return [item for item in fields(cls) if item.name not in cls.absent and item.metadata.get("saved", True)]
 
 
 def default_of(item: Field[Any]) -> Any:

@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from peftcli import LoraConfig, PeftModel, get_peft_model
+from peftcli import (
+    CordaConfig,
+    LoraConfig,
+    LoraGAConfig,
+    PeftModel,
+    get_peft_model,
+    initialize_lora_eva_weights,
+    preprocess_corda,
+    preprocess_loraga,
+)
+from peftcli.adapters.initializers.eva import IncrementalPCA
 from peftcli.adapters.initializers.loftq import loftq, normal_float_levels, quantize_dequantize
 from peftcli.adapters.initializers.olora import olora
 from peftcli.adapters.initializers.pissa import pissa
@@ -163,3 +173,89 @@ def test_loftq_with_more_iterations_is_no_worse() -> None:
         return float((weight - q - b @ a).norm())
 
     assert error(5) <= error(1) * 1.001
+
+
+# -- starts from data -----------------------------------------------------------------------------------------------
+
+
+def batches(count: int = 6) -> list[torch.Tensor]:
+    """Inputs that lie close to a plane, so that principal components mean something."""
+    generator = torch.Generator().manual_seed(2)
+    plane = torch.randn(2, 24, generator=generator)
+    noise = [torch.randn(40, 24, generator=generator) * 0.05 for _ in range(count)]
+    return [torch.randn(40, 2, generator=generator) @ plane + n for n in noise]
+
+
+def test_incremental_components_are_those_of_all_rows_at_once() -> None:
+    pca = IncrementalPCA(3)
+    for rows in batches():
+        pca.update(rows)
+    everything = torch.cat(batches())
+    _, s, vh = torch.linalg.svd(everything - everything.mean(0), full_matrices=False)
+    assert pca.components is not None
+    torch.testing.assert_close((pca.components[:2] * vh[:2]).sum(1).abs(), torch.ones(2), atol=1e-3, rtol=0)
+    ratio = s[:2] ** 2 / (s**2).sum()
+    torch.testing.assert_close(pca.explained_variance_ratio()[:2], ratio, atol=1e-2, rtol=0)
+
+
+def test_eva_starts_in_the_inputs_plane_and_deals_out_its_budget(tmp_path: Path) -> None:
+    model = get_peft_model(base(), config("eva", r=3))
+    initialize_lora_eva_weights(model, batches())
+    assert torch.equal(model(X), base()(X)), "B is zero: nothing changes at the start"
+    written = model.peft_config["default"]
+    assert sum(written.rank_pattern.values()) == 6
+    first = model.base_model.model[0]
+    everything = torch.cat(batches())
+    _, _, vh = torch.linalg.svd(everything - everything.mean(0), full_matrices=False)
+    inside = first.lora_A["default"].weight[:2] @ vh[:2].T
+    torch.testing.assert_close(inside.norm(dim=1), torch.ones(2), atol=0.02, rtol=0)
+    assert first.scaling["default"] == pytest.approx(6 / 3)
+    trained(model).save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(base(), tmp_path)(X), model(X))
+
+
+@pytest.mark.parametrize("method", ["ipm", "kpm"])
+def test_corda_changes_nothing_at_the_start_and_is_saved_as_plain_lora(method: str, tmp_path: Path) -> None:
+    settings = config("corda", corda_config=CordaConfig(method))
+    model = base()
+    preprocess_corda(model, settings, lambda: [model(x) for x in batches()])
+    peft = get_peft_model(model, settings)
+    torch.testing.assert_close(peft(X), base()(X))
+    start = peft.base_model.model[0].tensors("default")
+    plain = peft.base_model.model[0].base_layer.weight
+    inputs = torch.cat(batches())
+    kept = inputs @ (1.5 * start.lora_B_start @ start.lora_A_start).T
+    share = kept.norm() / (inputs @ plain.T).norm()
+    assert share > 0.9 if method == "ipm" else share < 0.3
+    trained(peft).save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(base(), tmp_path)(X), peft(X))
+
+
+@pytest.mark.parametrize("direction", ["ArBr", "A2rBr", "ArB2r", "random"])
+@pytest.mark.parametrize("scale", ["stable", "weight_svd", "gd_scale", "unit"])
+def test_lora_ga_starts_in_the_gradient_and_changes_nothing(direction: str, scale: str, tmp_path: Path) -> None:
+    settings = config("lora_ga", r=2, lora_ga_config=LoraGAConfig(direction, scale))
+    model = base()
+
+    def step() -> None:
+        model(batches()[0]).square().sum().backward()
+
+    step()
+    gradient = model[0].weight.grad.clone()
+    model.zero_grad()
+    preprocess_loraga(model, settings, step)
+    assert model[0].weight.grad is None
+    peft = get_peft_model(model, settings)
+    torch.testing.assert_close(peft(X), base()(X))
+    a = peft.base_model.model[0].lora_A["default"].weight
+    _, _, vh = torch.linalg.svd(gradient, full_matrices=False)
+    inside = (a @ vh[:4].T).norm(dim=1) / a.norm(dim=1)
+    torch.testing.assert_close(inside, torch.ones(2), atol=1e-2, rtol=0)
+    trained(peft).save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(base(), tmp_path)(X), peft(X))
+
+
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
+def test_a_start_from_data_can_t_be_guessed(init: str) -> None:
+    with pytest.raises(ValueError, match="comes from data"):
+        get_peft_model(base(), config(init))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def takes_start_from_base(init: bool | str) -> bool:
     """Whether this `init_lora_weights` starts from a part of the base weight."""
-    return isinstance(init, str) and init.partition("_")[0] in ("pissa", "olora")
+    return isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "lora_ga"))
 
 
 def start_factors(init: str, weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:

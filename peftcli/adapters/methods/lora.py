@@ -11,8 +11,11 @@ from annotated_types import Ge, Gt, Le, Len
 from pydantic import Field
 
 from peftcli.adapters.base import LowRankAdapter, Tensors, TensorSpec, fill
-from peftcli.adapters.config import TunerConfig, build_nested, later
+from peftcli.adapters.config import TunerConfig, build_nested, later, runtime
 from peftcli.adapters.initializers import start_factors, takes_start_from_base
+from peftcli.adapters.initializers.corda import CordaConfig
+from peftcli.adapters.initializers.eva import EvaConfig
+from peftcli.adapters.initializers.lora_ga import LoraGAConfig
 from peftcli.adapters.registry import Method
 from peftcli.adapters.targets import pattern_value
 from peftcli.errors import InputError
@@ -28,7 +31,7 @@ Rank = Annotated[int, Ge(1), Le(1 << 20)]
 Alpha = Annotated[float, Gt(0)] | Annotated[int, Gt(0)]
 Init = (
     bool
-    | Literal["gaussian", "orthogonal", "pissa", "olora", "loftq"]
+    | Literal["gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga"]
     | Annotated[str, Field(pattern=r"^pissa_niter_[0-9]{1,3}$")]
 )
 
@@ -59,8 +62,9 @@ class LoraConfig(TunerConfig):
         use_rslora: scale by alpha / sqrt(r).
         use_dora: split the weight into magnitude and direction (`dora.py`).
         init_lora_weights: True (A Kaiming uniform, B zero), False (both random: for tests), `gaussian`, `orthogonal`,
-            or a start taken from the base: `pissa`, `pissa_niter_<n>`, `olora`, `loftq` (see `initializers`).
-        loftq_config: bits and iterations of `loftq`.
+            or a start taken from the base (`pissa`, `pissa_niter_<n>`, `olora`, `loftq`) or from data (`eva`, `corda`,
+            `lora_ga`): see `initializers`.
+        loftq_config, eva_config, corda_config, lora_ga_config: settings of those.
         layer_replication: (start, end) ranges of the base's layers a deeper model is built of (see `surgery`).
         rank_pattern, alpha_pattern: r or alpha by module name or regular expression, where they differ.
         lora_bias: give lora_B a bias.
@@ -85,6 +89,11 @@ class LoraConfig(TunerConfig):
     use_dora: bool = False
     layer_replication: Annotated[list[Range], Len(1, 1024)] | None = None
     lora_bias: bool = later(False, since="0.14")
+    eva_config: EvaConfig | dict[str, Any] | None = later(None, since="0.14")
+    corda_config: CordaConfig | dict[str, Any] | None = later(None, since="0.15")
+    lora_ga_config: LoraGAConfig | dict[str, Any] | None = later(None, since="0.19")
+    prepared: Any = runtime(None)
+    """(A0, B0) by module path, from a pass over data; B0 is None where B starts at zero."""
 
     def adapter_variant(self) -> Method | None:
         return Method("dora", "LoraConfig", "Dora") if self.use_dora else None
@@ -105,8 +114,11 @@ class LoraConfig(TunerConfig):
 
     def validate(self) -> None:
         super().validate()
-        if isinstance(self.loftq_config, dict) and self.loftq_config:
-            self.loftq_config = build_nested(LoftQConfig, self.loftq_config, field="loftq_config")
+        nested = {"loftq_config": LoftQConfig, "eva_config": EvaConfig}
+        for name, kind in {**nested, "corda_config": CordaConfig, "lora_ga_config": LoraGAConfig}.items():
+            value = getattr(self, name)
+            if isinstance(value, dict) and value:
+                setattr(self, name, build_nested(kind, value, field=name))
         if self.init_lora_weights == "loftq" and not self.loftq_config:
             raise InputError(
                 "`loftq_config` must be specified when `init_lora_weights` is 'loftq'.", field="loftq_config"
@@ -179,6 +191,8 @@ class Lora(LowRankAdapter):
         how = self.config.init_lora_weights
         embedding = self.shape.kind == "embedding"
         a, b = self.pair(p)
+        if how == "eva" and self.config.prepared:
+            a.copy_(self.config.prepared[self.shape.name][0].reshape(a.shape))
         if self._keeps_start:
             self.regenerate(p)
             a.copy_(p.lora_A_start.reshape(a.shape))
@@ -195,13 +209,28 @@ class Lora(LowRankAdapter):
 
     def regenerate(self, p: Tensors) -> Tensor | None:
         if self._keeps_start:
-            a, b = start_factors(str(self.config.init_lora_weights), self.weight(), self.r, self.initial_scaling())
+            a, b = self._start()
             p.lora_A_start.copy_(a)
             p.lora_B_start.copy_(b)
         if self.config.init_lora_weights == "loftq":
             a, b = (torch.empty_like(factor) for factor in self.pair(p))
             return self._quantize(a, b)
         return None
+
+    def _start(self) -> tuple[Tensor, Tensor]:
+        """A0 and B0, computed from the base weight or prepared from data."""
+        how = str(self.config.init_lora_weights)
+        if how not in ("corda", "lora_ga"):
+            return start_factors(how, self.weight(), self.r, self.initial_scaling())
+        if not self.config.prepared:
+            tool = "preprocess_corda" if how == "corda" else "preprocess_loraga"
+            raise InputError(
+                f"a start by {how} comes from data, which neither a config nor an adapter file holds",
+                place=self.shape.name,
+                field="init_lora_weights",
+                fix=f"call {tool} before get_peft_model; adapters saved by peftcli need nothing",
+            )
+        return self.config.prepared[self.shape.name]
 
     def _quantize(self, a: Tensor, b: Tensor) -> Tensor:
         """LoftQ's start into A and B; returns the quantised weight that replaces the base's."""
