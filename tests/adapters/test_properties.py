@@ -84,7 +84,7 @@ ROWS = [
     Row("VERA", {"r": 8, "d_initial": 0.5}),
     Row("VERA", {"r": 8, "save_projection": False, "projection_prng_key": 3}),
     Row("FOURIERFT", {"n_frequency": 50, "init_weights": True}),
-    Row("FOURIERFT", {"n_frequency": 60, "n_frequency_pattern": {"s.te": 1}}, identity=False),
+    Row("FOURIERFT", {"n_frequency": 60, "scaling": 15, "n_frequency_pattern": {"s.te": 1}}, identity=False),
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
