@@ -93,9 +93,10 @@ class FourierFT(DeltaAdapter):
         rows, columns = p.fourierft_places // in_features, p.fourierft_places % in_features
         rows = torch.cat([rows, -rows % out_features])
         columns = torch.cat([columns, -columns % in_features])
-        values = (p.fourierft_spectrum.float() / 2).repeat(2)
         stored = columns <= in_features // 2
-        half = torch.zeros(out_features, in_features // 2 + 1, device=values.device)
-        half = half.index_put((rows[stored], columns[stored]), values[stored], accumulate=True)
-        update = torch.fft.irfft2(half.to(torch.complex64), s=(out_features, in_features))
+        precise = p.fourierft_spectrum.to(torch.promote_types(p.fourierft_spectrum.dtype, torch.float32))
+        values = (precise / 2).repeat(2) * stored
+        half = values.new_zeros(out_features, in_features // 2 + 1)
+        half = half.index_put((rows, columns * stored), values, accumulate=True)
+        update = torch.fft.irfft2(half, s=(out_features, in_features))
         return (update * self.scaling).to(p.fourierft_spectrum.dtype)
