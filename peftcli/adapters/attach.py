@@ -18,8 +18,8 @@ from peftcli.adapters.config import PeftConfig, TunerConfig, as_set, as_tuner_co
 from peftcli.adapters.copies import MODULES_TO_SAVE, CopyLayer, TrainedBiases, trained_bias_owners
 from peftcli.adapters.engine import STATE, Attached, attached_to, base_modules, embeddings
 from peftcli.adapters.layer import AdapterLayer, Buffers, layer_for
-from peftcli.adapters.registry import adapter_class
-from peftcli.adapters.sites import LinearSite, Site, TransposedSite, site_for
+from peftcli.adapters.registry import adapter_class, adapter_class_of
+from peftcli.adapters.sites import LinearSite, ParameterSite, Site, TransposedSite, site_for
 from peftcli.adapters.surgery import replicate_layers
 from peftcli.adapters.targets import default_targets, matches, select, unmatched_targets
 from peftcli.errors import InputError
@@ -123,9 +123,29 @@ def plan_sites(model: nn.Module, config: TunerConfig) -> list[tuple[Site, Adapte
         if site.kind == "attention":
             out = LinearSite(base[f"{path}.out_proj"], f"{path}.out_proj")
             planned.append((out, method(config, out.shape, out.weight)))
+    planned += _parameter_sites(config, base)
     for _, adapter in planned:
         adapter.tensors()  # refuses settings that do not fit its module
     return planned
+
+
+def _parameter_sites(config: TunerConfig, base: dict[str, nn.Module]) -> list[tuple[Site, Adapter]]:
+    """The parameters `target_parameters` names (LoRA only: weights that no linear layer holds)."""
+    wanted = getattr(config, "target_parameters", None) or []
+    found: dict[str, tuple[Site, Adapter]] = {}
+    for path, module in base.items():
+        for leaf, parameter in module._parameters.items():
+            name = f"{path}.{leaf}" if path else leaf
+            if parameter is None or not matches(list(wanted), name, field="target_parameters"):
+                continue
+            if parameter.dim() not in (2, 3):
+                raise InputError(f"{parameter.dim()} dimensions; only 2 and 3 can be adapted", place=name)
+            site = ParameterSite(module, path, leaf)
+            method = adapter_class_of(config.parameter_method(site.shape.experts))
+            found[name] = site, method(config, site.shape, site.weight)
+    if missing := [key for key in wanted if not any(name == key or name.endswith(f".{key}") for name in found)]:
+        raise InputError(f"{missing} name no parameter of the model", field="target_parameters")
+    return list(found.values())
 
 
 def plan_copies(model: nn.Module, config: TunerConfig, sites: list[tuple[Site, Adapter]]) -> dict[str, CopyNames]:
@@ -146,6 +166,8 @@ def plan_copies(model: nn.Module, config: TunerConfig, sites: list[tuple[Site, A
 
 def _targets(model: nn.Module, config: TunerConfig, base: dict[str, nn.Module]) -> list[str]:
     """The modules `target_modules` means, with a warning for entries that mean none."""
+    if not config.target_modules and getattr(config, "target_parameters", None):
+        return []
     _fill_defaults(model, config)
     linear = [path for path, module in base.items() if _is_linear(model, path, module)]
     chosen = select(config, base, linear=linear)
@@ -253,15 +275,7 @@ def _equal_tensor(bank: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _attach_site(attached: Attached, name: str, site: Site, adapter: Adapter, options: _Placement) -> None:
-    existing = _find(attached.root, site.name)
-    if isinstance(existing, AdapterLayer):
-        layer = existing
-    else:
-        read = (
-            isinstance(site, LinearSite) and site.name.endswith("out_proj") and _inside_attention(attached, site.name)
-        )
-        layer = layer_for(site, attached.context, weight_is_read=read)
-        _replace(attached.root, site.name, layer)
+    layer = _layer_at(attached, site)
     shared = {key: bank for key, bank in attached.shared.items() if name in bank}
     layer.add(
         name,
@@ -271,6 +285,22 @@ def _attach_site(attached: Attached, name: str, site: Site, adapter: Adapter, op
         device=site.device,
         initialize=options.initialize,
     )
+
+
+def _layer_at(attached: Attached, site: Site) -> AdapterLayer:
+    """The layer that adapts a site; made and put in its place where there is none."""
+    top = inner = _find(attached.root, site.name)
+    while isinstance(inner, AdapterLayer):
+        if inner.site.parameter == site.parameter:
+            return inner
+        inner = inner.base_layer
+    if isinstance(site, ParameterSite):
+        site.wrap(top)
+    read = isinstance(site, LinearSite) and site.name.endswith("out_proj") and _inside_attention(attached, site.name)
+    layer = layer_for(site, attached.context, weight_is_read=read)
+    layer.base_layer = top
+    _replace(attached.root, site.name, layer)
+    return layer
 
 
 def _inside_attention(attached: Attached, path: str) -> bool:

@@ -205,6 +205,10 @@ class TunerConfig(PeftConfig):
                 field="layers_pattern",
             )
 
+    def parameter_method(self, experts: int) -> Method:
+        """The adapter class for a bare parameter, where the config can target some; `experts` matrices are fused in it."""
+        raise InputError(f"{self.peft_type} can't adapt parameters", field="target_parameters")
+
     @property
     def is_all_linear(self) -> bool:
         return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"

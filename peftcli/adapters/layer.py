@@ -127,7 +127,7 @@ class AdapterLayer(nn.Module):
         """Register a tensor under PEFT's live name: `lora_A.<name>.weight` for `lora_A.weight`, else `ia3_l.<name>`."""
         if slot.head not in self._modules:
             kind = nn.ModuleDict if slot.leaf else nn.ParameterDict if slot.spec.trainable else Buffers
-            self.add_module(slot.head, kind())
+            self._modules[slot.head] = kind()  # add_module would see the inner layer's through __getattr__
         container: Any = self._modules[slot.head]
         leaf = name
         if slot.leaf:
@@ -323,6 +323,7 @@ class AdapterLayer(nn.Module):
             )
         replacement = self.site.merged_module(weight, bias)
         if replacement is not None:
+            self.__dict__["_replaced"] = self.base_layer  # out of the module tree while it is merged
             self.base_layer = replacement
         else:
             self._swap(self.site.parameter, self.site.to_stored(weight).contiguous())
@@ -331,15 +332,15 @@ class AdapterLayer(nn.Module):
         self.merged_adapters = names
 
     def _swap(self, parameter: str, value: Tensor) -> None:
-        if value is self.base_layer._parameters.get(parameter):
-            return
-        self._originals.setdefault(parameter, self.base_layer._parameters[parameter])
-        self.base_layer._parameters[parameter] = nn.Parameter(value, requires_grad=False)
+        held = self.site.module._parameters
+        if value is not held.get(parameter):
+            self._originals.setdefault(parameter, held[parameter])
+            held[parameter] = nn.Parameter(value, requires_grad=False)
 
     def unmerge(self) -> None:
         """Put the original parameters back: bit-exact, whatever was merged."""
-        self.base_layer = self.site.module
-        self.base_layer._parameters.update(self._originals)
+        self.base_layer = self.__dict__.pop("_replaced", self.base_layer)
+        self.site.module._parameters.update(self._originals)
         self._originals.clear()
         self.merged_adapters.clear()
 

@@ -60,7 +60,11 @@ def config_class(peft_type: str, *, place: str | Path | None = None) -> type[Pef
 
 def adapter_class(config: PeftConfig) -> type[Adapter]:
     """The class that states the tensors and equation a config asks for, e.g. `Lora`, or `Dora` with `use_dora`."""
-    method = config.adapter_variant() or _entry(config.peft_type, None)
+    return adapter_class_of(config.adapter_variant() or _entry(config.peft_type, None))
+
+
+def adapter_class_of(method: Method) -> type[Adapter]:
+    """The adapter class an entry names."""
     return getattr(import_module(f"peftcli.adapters.methods.{method.file}"), method.adapter)
 
 

@@ -197,6 +197,54 @@ class AttentionSite(Site):
     bias_parameter = "in_proj_bias"
 
 
+class ParameterSite(Site):
+    """A parameter that no module of its own holds, e.g. the experts of a mixture fused into [experts, out, in].
+
+    Args:
+        module: the module that owns the parameter.
+        name: its path.
+        parameter: the parameter's name.
+    """
+
+    kind = "parameter"
+    elementwise_io = False
+
+    def __init__(self, module: nn.Module, name: str, parameter: str) -> None:
+        super().__init__(module, name)
+        self.parameter = parameter  # type: ignore[misc]  # other sites know it from their class
+        self.called, self.prefix = module, ""
+
+    def wrap(self, layer: nn.Module) -> None:
+        """Another parameter of the module is adapted as well: call the layer that does it, one step further out."""
+        self.called = layer
+        depth = 0
+        while layer is not self.module:
+            layer, depth = layer.base_layer, depth + 1  # type: ignore[assignment]
+        self.prefix = "base_layer." * depth
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None
+
+    @property
+    def shape(self) -> SiteShape:
+        experts, out_features, in_features = (1, *self.stored.shape) if self.stored.dim() == 2 else self._fused().shape
+        return SiteShape(f"{self.name}.{self.parameter}", self.kind, in_features, out_features, experts=experts)
+
+    def _fused(self) -> Tensor:
+        """[experts, out, in], whichever way the model stores its experts."""
+        return self.stored.transpose(1, 2) if getattr(self.module, "is_transposed", False) else self.stored
+
+    def weight(self) -> Tensor:
+        return self.stored if self.stored.dim() == 2 else self._fused()
+
+    def to_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.transpose(1, 2) if matrix.dim() == 3 and getattr(self.module, "is_transposed", False) else matrix
+
+    def run(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.called, {self.prefix + self.parameter: self.to_stored(weight)}, args, kwargs)
+
+
 def site_for(module: nn.Module, name: str) -> Site | None:
     """The site a module is, or None for a module whose weight is not one we know how to see as a matrix."""
     from transformers.pytorch_utils import Conv1D

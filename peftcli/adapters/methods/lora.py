@@ -65,6 +65,7 @@ class LoraConfig(TunerConfig):
             or a start taken from the base (`pissa`, `pissa_niter_<n>`, `olora`, `loftq`) or from data (`eva`, `corda`,
             `lora_ga`): see `initializers`.
         loftq_config, eva_config, corda_config, lora_ga_config: settings of those.
+        target_parameters: weights adapted although no linear layer holds them (fused experts), by their name's ending.
         layer_replication: (start, end) ranges of the base's layers a deeper model is built of (see `surgery`).
         rank_pattern, alpha_pattern: r or alpha by module name or regular expression, where they differ.
         lora_bias: give lora_B a bias.
@@ -89,6 +90,7 @@ class LoraConfig(TunerConfig):
     use_dora: bool = False
     layer_replication: Annotated[list[Range], Len(1, 1024)] | None = None
     lora_bias: bool = later(False, since="0.14")
+    target_parameters: list[str] | None = later(None, since="0.17")
     eva_config: EvaConfig | dict[str, Any] | None = later(None, since="0.14")
     corda_config: CordaConfig | dict[str, Any] | None = later(None, since="0.15")
     lora_ga_config: LoraGAConfig | dict[str, Any] | None = later(None, since="0.19")
@@ -97,6 +99,11 @@ class LoraConfig(TunerConfig):
 
     def adapter_variant(self) -> Method | None:
         return Method("dora", "LoraConfig", "Dora") if self.use_dora else None
+
+    def parameter_method(self, experts: int) -> Method:
+        return (
+            Method("expert_lora", "LoraConfig", "ExpertLora") if experts > 1 else Method("lora", "LoraConfig", "Lora")
+        )
 
     def stored(self) -> LoraConfig:
         """A start taken from the base is stored as plain LoRA of twice the rank at the same scaling."""
@@ -127,6 +134,10 @@ class LoraConfig(TunerConfig):
             raise InputError(f"`lora_bias=True` is not supported together with bias={self.bias!r}", field="lora_bias")
         if self.lora_bias and self.use_dora:
             raise InputError("`lora_bias=True` is not supported for DoRA", field="lora_bias")
+        if self.target_parameters and (self.lora_dropout or self.use_dora or self.lora_bias or self.fan_in_fan_out):
+            raise InputError(
+                "can't be combined with lora_dropout, use_dora, lora_bias or fan_in_fan_out", field="target_parameters"
+            )
         odd = [r for r in (self.r, *self.rank_pattern.values()) if r % 2]
         if self.init_lora_weights == "orthogonal" and odd:
             raise InputError(
