@@ -24,7 +24,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 STORED_TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 """Model types whose linear layers are Conv1D: the weight is stored [in, out]."""
 
-HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95}){0,3}")
+"""A model's id or a revision on the hub; what it never is: a path upwards."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,13 @@ def find_base(name: str | None, revision: str | None, *, beside: Path) -> Path |
     for candidate in (Path(name), beside / name):
         if _is_file(candidate / "config.json"):
             return Path(os.path.normpath(candidate))
-    if HUB_ID.fullmatch(name) is None:
+    revision = revision or "main"
+    if HUB_ID.fullmatch(name) is None or HUB_ID.fullmatch(revision) is None:
         return None
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     cached = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub") / f"models--{name.replace('/', '--')}"
-    revision = revision if revision and HUB_ID.fullmatch(revision) else "main"
     reference = cached / "refs" / revision
-    commit = reference.read_text(encoding="utf-8").strip()[:64] if _is_file(reference) else revision
+    commit = reference.read_text(encoding="utf-8", errors="replace").strip() if _is_file(reference) else revision
     folder = cached / "snapshots" / commit
     return folder if _is_file(folder / "config.json") else None
 

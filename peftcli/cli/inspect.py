@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,6 +70,7 @@ def _add_values(summary: dict[str, Any], audit: Audit, *, norms: bool, svd: bool
     """What needs arithmetic (and numpy); left out where values are not finite or shapes are wrong."""
     if not (norms or svd or plot) or audit.errors:
         return
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for matrices this thin, threads cost more than they bring
     from peftcli.inspection.plot import plot_spectrum
     from peftcli.inspection.spectrum import norm_rows, spectrum_rows
 

@@ -50,14 +50,19 @@ def _row(one: tuple[BinaryIO, TensorInfo], two: tuple[BinaryIO, TensorInfo]) -> 
         "shapes": [list(ours.shape), list(theirs.shape)],
         "dtypes": [ours.dtype, theirs.dtype],
     }
-    alike = ours.shape == theirs.shape
-    if not alike or not {ours.dtype, theirs.dtype} <= FLOATS:
-        return None if alike and ours.dtype == theirs.dtype else row
+    alike = (ours.shape, ours.dtype, ours.strides) == (theirs.shape, theirs.dtype, theirs.strides)
+    if alike and _content(*one) == _content(*two):
+        return None
+    if ours.shape != theirs.shape or not {ours.dtype, theirs.dtype} <= FLOATS:
+        return row
     x, y = (read_array(*pair).astype("f8").ravel() for pair in (one, two))
     change, product = float(numpy.linalg.norm(y - x)), float(numpy.linalg.norm(x) * numpy.linalg.norm(y))
-    if change == 0 and ours.dtype == theirs.dtype:
-        return None
     size = float(numpy.linalg.norm(x))
     row["change"] = change / size if size else None
     row["cosine"] = float(x @ y) / product if product else None
     return row
+
+
+def _content(file: BinaryIO, tensor: TensorInfo) -> bytes:
+    file.seek(tensor.start)
+    return file.read(tensor.stop - tensor.start)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from peftcli.inspection.summary import options
-from peftcli.recipe.load import load_recipe
+from peftcli.recipe.load import dump_recipe, load_recipe
 from peftcli.recipe.schema import DataSource, EvalSplit, Recipe
 
 
@@ -17,7 +19,7 @@ def recipe_summary(path: Path) -> dict[str, Any]:
         InputErrors: naming file, line and column of everything wrong with the recipe.
     """
     recipe = load_recipe(path, check_paths=False)
-    return {"kind": "recipe", "path": str(path), "lines": _lines(recipe), "recipe": recipe.model_dump(mode="json")}
+    return {"kind": "recipe", "path": str(path), "lines": _lines(recipe), "recipe": yaml.safe_load(dump_recipe(recipe))}
 
 
 def _lines(recipe: Recipe) -> dict[str, str]:

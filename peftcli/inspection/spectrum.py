@@ -49,8 +49,8 @@ def norm_rows(audit: Audit) -> list[dict[str, Any]]:
 
 def singular_values(a: NDArray[numpy.float64], b: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
     """Singular values of B A for A [r, in] and B [out, r], largest first."""
-    right = numpy.linalg.qr(a.T)[1]
-    left = numpy.linalg.qr(b)[1]
+    right: Any = numpy.linalg.qr(a.T, mode="r")
+    left: Any = numpy.linalg.qr(b, mode="r")
     return numpy.linalg.svd(left @ right.T, compute_uv=False)
 
 
