@@ -13,6 +13,7 @@ import torch  # noqa: TID253
 import torch.nn.functional as F  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 from torch.func import functional_call  # noqa: TID253
+from torch.nn.utils.parametrize import is_parametrized  # noqa: TID253
 from torch.utils.checkpoint import checkpoint  # noqa: TID253
 
 from peftcli.adapters.base import SiteKind, SiteShape
@@ -97,6 +98,10 @@ class Site:
     def broadcast(self, vector: Tensor) -> Tensor:
         """A vector [out] shaped to act on the module's output."""
         return vector
+
+    def look_up(self, table: Tensor, ids: Tensor) -> Tensor:
+        """Rows of a table that stands for the module's own, where it is an embedding."""
+        raise TypeError(f"{self.name} looks nothing up")
 
     def low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """B (A x) for A [r, in] and B [out, r]. The small factors are cast to x's dtype, never x to theirs."""
@@ -187,6 +192,11 @@ class EmbeddingSite(Site):
         rows = functional_call(self.module, {self.parameter: a.T.to(b.dtype)}, (x,))
         return F.linear(rows, b.to(rows.dtype))
 
+    def look_up(self, table: Tensor, ids: Tensor) -> Tensor:
+        """Rows of another table [rows, dim] as the module would give them: scaled where it scales its own (Gemma)."""
+        scale = torch.as_tensor(getattr(self.module, "embed_scale", 1.0), device=table.device)
+        return F.embedding(ids, table) * scale.to(self.dtype)
+
 
 class AttentionSite(Site):
     """nn.MultiheadAttention's packed input projection [3 * embed, embed]; its `out_proj` is a site of its own."""
@@ -251,6 +261,8 @@ def site_for(module: nn.Module, name: str) -> Site | None:
 
     from peftcli.adapters.quantized import quantized_site
 
+    if is_parametrized(module):
+        return None  # its weight is computed (weight norm), so no parameter could take a merged one
     if isinstance(module, nn.MultiheadAttention):
         return AttentionSite(module, name) if module.in_proj_weight is not None else None
     if isinstance(module, nn.Linear):
