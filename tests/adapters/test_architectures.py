@@ -65,7 +65,7 @@ def test_convolutions_too(architecture: Architecture) -> None:
 def test_a_weight_that_is_computed_is_refused_by_name() -> None:
     """wav2vec2's positional convolution is weight-normed."""
     architecture = next(a for a in ARCHITECTURES if a.name == "wav2vec2")
-    with pytest.raises(ValueError, match="pos_conv_embed.*ParametrizedConv1d is not supported"):
+    with pytest.raises(ValueError, match=r"pos_conv_embed.*ParametrizedConv1d is not supported"):
         adapted(architecture, target_modules=["conv"])
 
 
