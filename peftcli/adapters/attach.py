@@ -18,6 +18,7 @@ from peftcli.adapters.config import PeftConfig, TunerConfig, as_set, as_tuner_co
 from peftcli.adapters.copies import MODULES_TO_SAVE, CopyLayer, TrainedBiases, trained_bias_owners
 from peftcli.adapters.engine import STATE, Attached, attached_to, base_modules, embeddings
 from peftcli.adapters.layer import AdapterLayer, Buffers, layer_for
+from peftcli.adapters.prompt_base import PromptLearningConfig
 from peftcli.adapters.registry import adapter_class, adapter_class_of
 from peftcli.adapters.sites import LinearSite, ParameterSite, Site, TransposedSite, site_for
 from peftcli.adapters.surgery import replicate_layers
@@ -48,7 +49,7 @@ def attach(
     config = as_tuner_config(config)
     config.validate()
     attached = attached_to(model) or Attached(model)
-    _check_new(attached, config, name)
+    check_new(attached, config, name)
     undo = _replicate(attached, config)
     try:
         sites = plan_sites(model, config)
@@ -62,12 +63,12 @@ def attach(
         model.requires_grad_(False)
         model.__dict__[STATE] = attached
     attached.configs[name] = config
-    options = _Placement(autocast_adapter_dtype, initialize)
+    options = Placement(autocast_adapter_dtype, initialize)
     _share(attached, name, sites, options)
     for site, adapter in sites:
         _attach_site(attached, name, site, adapter, options)
     for path, names in copies.items():
-        _attach_copy(attached, name, path, names, options)
+        attach_copy(attached, name, path, names, options)
     mode = getattr(config, "bias", "none")
     if mode != "none":
         adapted = {layer.base_layer for _, layer in attached.layers() if name in layer.adapters}
@@ -87,11 +88,11 @@ def _replicate(attached: Attached, config: TunerConfig) -> Callable[[], None]:
 
 
 @dataclass(frozen=True)
-class _Placement:
-    """Where and in what precision new tensors are made."""
+class Placement:
+    """In what precision new tensors are made and whether they are filled."""
 
-    autocast: bool
-    initialize: bool
+    autocast: bool = True
+    initialize: bool = True
 
     def dtype(self, base: torch.dtype) -> torch.dtype:
         if not base.is_floating_point:
@@ -148,12 +149,14 @@ def _parameter_sites(config: TunerConfig, base: dict[str, nn.Module]) -> list[tu
     return list(found.values())
 
 
-def plan_copies(model: nn.Module, config: TunerConfig, sites: list[tuple[Site, Adapter]]) -> dict[str, CopyNames]:
+def plan_copies(
+    model: nn.Module, config: TunerConfig | PromptLearningConfig, sites: list[tuple[Site, Adapter]]
+) -> dict[str, CopyNames]:
     """The modules an adapter trains in full, by path: its `modules_to_save`, and what a copying method targets."""
     copies = dict.fromkeys(_modules_to_save(model, config), MODULES_TO_SAVE)
     adapted = [site.name for site, _ in sites]
     method = adapter_class(config)
-    if issubclass(method, CopyAdapter):
+    if isinstance(config, TunerConfig) and issubclass(method, CopyAdapter):
         adapted = _targets(model, config, dict(base_modules(model)))
     if both := sorted(set(adapted) & set(copies)):
         raise InputError(
@@ -220,7 +223,7 @@ def _settle_fan_in_fan_out(config: TunerConfig, site: Site) -> None:
         config.fan_in_fan_out = stored_transposed
 
 
-def _modules_to_save(model: nn.Module, config: TunerConfig) -> list[str]:
+def _modules_to_save(model: nn.Module, config: TunerConfig | PromptLearningConfig) -> list[str]:
     names = config.modules_to_save
     if not names:
         return []
@@ -232,7 +235,8 @@ def _modules_to_save(model: nn.Module, config: TunerConfig) -> list[str]:
     return paths
 
 
-def _check_new(attached: Attached, config: TunerConfig, name: str) -> None:
+def check_new(attached: Attached, config: PeftConfig, name: str) -> None:
+    """Refuse a name that is taken or can't be one, and neighbours the adapter can't stand beside."""
     if "." in name or name == "":
         raise InputError(f"adapter name {name!r} may not contain a dot or be empty", field="adapter_name")
     if name in attached.configs:
@@ -249,7 +253,7 @@ def _check_new(attached: Attached, config: TunerConfig, name: str) -> None:
         )
 
 
-def _share(attached: Attached, name: str, sites: list[tuple[Site, Adapter]], options: _Placement) -> None:
+def _share(attached: Attached, name: str, sites: list[tuple[Site, Adapter]], options: Placement) -> None:
     """Allocate the tensors kept once a model; every site sees the same ones."""
     specs = {key: spec for _, adapter in sites for key, spec in adapter.tensors().items() if spec.shared}
     if not specs:
@@ -274,7 +278,7 @@ def _equal_tensor(bank: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     return next(same, tensor)
 
 
-def _attach_site(attached: Attached, name: str, site: Site, adapter: Adapter, options: _Placement) -> None:
+def _attach_site(attached: Attached, name: str, site: Site, adapter: Adapter, options: Placement) -> None:
     layer = _layer_at(attached, site)
     shared = {key: bank for key, bank in attached.shared.items() if name in bank}
     layer.add(
@@ -308,7 +312,8 @@ def _inside_attention(attached: Attached, path: str) -> bool:
     return isinstance(getattr(parent, "base_layer", parent), nn.MultiheadAttention)
 
 
-def _attach_copy(attached: Attached, name: str, path: str, names: CopyNames, options: _Placement) -> None:
+def attach_copy(attached: Attached, name: str, path: str, names: CopyNames, options: Placement) -> None:
+    """Give an adapter a trained copy of the module at `path`."""
     existing = _find(attached.root, path)
     fitting = existing if isinstance(existing, CopyLayer) and existing.names == names else None
     copied = fitting or CopyLayer(existing, attached.context, names)

@@ -30,19 +30,25 @@ def owned_tensors(attached: Attached, name: str) -> dict[str, Tensor]:
     owned: dict[str, Tensor] = {}
     for path, layer in attached.layers():
         if name in layer.adapters:
-            owned.update({f"{PREFIX}{path}.{slot.key}": t for slot, t in layer.own_tensors(name) if slot.spec.saved})
+            owned.update(
+                {f"{attached.key_prefix}{path}.{slot.key}": t for slot, t in layer.own_tensors(name) if slot.spec.saved}
+            )
     for path, copied in attached.copies():
         if name in copied.copies:
             state = copied.copies[name].state_dict(keep_vars=True)
-            owned.update({f"{PREFIX}{path}.{copied.names.saved}{key}": tensor for key, tensor in state.items()})
+            owned.update(
+                {f"{attached.key_prefix}{path}.{copied.names.saved}{key}": tensor for key, tensor in state.items()}
+            )
     if name in attached.biases:
         biases = attached.biases[name]
         paths = {module: path for path, module in attached.root.named_modules()}
         for (module, parameter), trained in zip(biases.owners, biases.trained, strict=True):
-            owned[f"{PREFIX}{paths[module]}.{parameter}"] = trained
+            owned[f"{attached.key_prefix}{paths[module]}.{parameter}"] = trained
     for key, bank in attached.shared.items():
         if name in bank and shared_is_saved(attached, name, key):
             owned[f"base_model.{key}"] = bank[name]
+    if name in attached.prompts:
+        owned.update(attached.prompts[name].live())
     return owned
 
 
@@ -68,7 +74,7 @@ def embedding_tensors(attached: Attached) -> dict[str, Tensor]:
                 and isinstance(getattr(inner, "weight", None), Tensor)
             ):
                 middle = "base_layer." if inner is not candidate else ""
-                found[f"{PREFIX}{path}.{middle}weight"] = inner.weight
+                found[f"{attached.key_prefix}{path}.{middle}weight"] = inner.weight
                 break
     return found
 
@@ -79,9 +85,11 @@ def stored_tensors(attached: Attached, name: str) -> dict[str, Tensor]:
     for path, layer in attached.layers():
         if name in layer.adapters:
             for slot, _ in layer.own_tensors(name):
-                stored.pop(f"{PREFIX}{path}.{slot.key}", None)
+                stored.pop(f"{attached.key_prefix}{path}.{slot.key}", None)
             form = layer.adapters[name].stored(layer.tensors(name))
-            stored.update({f"{PREFIX}{path}.{key}": tensor for key, tensor in form.items()})
+            stored.update({f"{attached.key_prefix}{path}.{key}": tensor for key, tensor in form.items()})
+    if name in attached.prompts:
+        stored.update(attached.prompts[name].stored())
     return stored
 
 
@@ -129,6 +137,8 @@ def load_state(
     Raises:
         InputErrors: listing every missing, unexpected and mis-shaped tensor; nothing has been changed then.
     """
+    if name in attached.prompts:
+        attached.prompts[name].check_loadable(tensors, place)
     owned = owned_tensors(attached, name)
     banks = {f"base_model.{key}": bank for key, bank in attached.shared.items() if name in bank}
     targets = embedding_tensors(attached) | {key: bank[name] for key, bank in banks.items()} | owned
@@ -226,19 +236,23 @@ def read_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tenso
     Raises:
         InputError: if there are no weights, the file is damaged, or holds something that is not a finite number.
     """
+    for path in (folder / WEIGHTS_NAME, folder / PICKLE_NAME):
+        if path.exists() or path.is_symlink():
+            return read_tensor_file(path, allow_pickle=allow_pickle)
+    raise InputError(f"no weights: neither {WEIGHTS_NAME} nor {PICKLE_NAME}", place=folder)
+
+
+def read_tensor_file(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file, or on request of a pickle. Raises as `read_tensors`."""
+    from safetensors.torch import load_file
+
     from peftcli.adapters.header import read_header
 
-    path = folder / WEIGHTS_NAME
-    if path.exists() or path.is_symlink():
-        from safetensors.torch import load_file
-
+    if path.suffix == ".safetensors":
         read_header(path)  # strict: sizes and offsets are proved before anything is allocated
         tensors = load_file(path)
-    elif (folder / PICKLE_NAME).exists():
-        path = folder / PICKLE_NAME
-        tensors = _read_pickle(path, allow_pickle)
     else:
-        raise InputError(f"no weights: neither {WEIGHTS_NAME} nor {PICKLE_NAME}", place=folder)
+        tensors = _read_pickle(path, allow_pickle)
     broken = [key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t.float()).all()]
     if broken:
         raise InputErrors(InputError("holds NaN or infinity", place=path, field=key) for key in broken)

@@ -27,11 +27,13 @@ class ForwardContext:
         adapter_names: the adapter of each row of the batch, or None when all rows use the active ones.
         task_ids: the task of each row [B], for methods that route by task.
         gate_scalings: weights a gate gave to adapters, for X-LoRA.
+        generating: whether `generate` makes the inputs, not a caller.
     """
 
     adapter_names: list[str] | None = None
     task_ids: Tensor | None = None
     gate_scalings: Any = None
+    generating: bool = False
 
     def rows_by_adapter(self, rows: int) -> dict[str, list[int]]:
         """Row numbers of a batch of `rows` rows, by adapter name. Beam search repeats each name."""

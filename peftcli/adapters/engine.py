@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import nn  # noqa: TID253
+from torch.utils.hooks import RemovableHandle  # noqa: TID253
 
 from peftcli.adapters.config import PeftConfig
 from peftcli.adapters.context import ForwardContext
@@ -35,6 +36,8 @@ class Attached:
         active: the active adapters, first named outermost.
         disabled: whether all adapters are switched off.
         undo_surgery: brings the model's own layers back where they were replicated.
+        prompts: what stands in front of the model's inputs, by adapter name.
+        hooks: on the modules whose inputs a prompt changes.
     """
 
     root: nn.Module
@@ -45,6 +48,8 @@ class Attached:
     active: list[str] = field(default_factory=list)
     disabled: bool = False
     undo_surgery: Callable[[], None] = lambda: None
+    prompts: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
     def layers(self) -> Iterator[tuple[str, AdapterLayer]]:
         """(path in the model, layer) of every adapted module."""
@@ -59,6 +64,17 @@ class Attached:
         return (m for m in self.root.modules() if isinstance(m, (AdapterLayer, CopyLayer)))
 
     @property
+    def prompt(self) -> Any:
+        """The prompt that stands in front of the inputs now (a `PromptEncoder`), or None."""
+        active = [self.prompts[name] for name in self.active if name in self.prompts]
+        return active[0] if active and not self.disabled else None
+
+    @property
+    def key_prefix(self) -> str:
+        """What the file's keys put in front of a path in the user's model: with prompts, PEFT wraps it once only."""
+        return "base_model." if len(self.prompts) else "base_model.model."
+
+    @property
     def merged(self) -> bool:
         return any(layer.merged_adapters for layer in self.parts())
 
@@ -70,6 +86,8 @@ class Attached:
             self._known(name)
         for path, copied in self.copies():
             copied.check_active(names, path)
+        if len(names) > 1 and len(self.prompts):
+            raise InputError("one prompt at a time can be active", field="adapter_name")
         if self.merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self.unmerge()
@@ -124,6 +142,8 @@ class Attached:
                 yield from copied.copies[name].parameters()
         if name in self.biases:
             yield from self.biases[name].trained
+        if name in self.prompts:
+            yield from self.prompts[name].parameters()
         for bank in self.shared.values():
             if isinstance(bank, nn.ParameterDict) and name in bank:
                 yield bank[name]
@@ -136,6 +156,7 @@ class Attached:
             raise InputError(f"adapter_names should be a list of strings, got {names!r}.")
         for name in names or []:
             self._known(name)
+        self._require_mergeable()
         merged = {name for layer in self.parts() for name in layer.merged_adapters}
         if merged and not set(names or self.active) - merged:
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
@@ -157,6 +178,8 @@ class Attached:
         A merged weight is a new parameter, so a tie to another module (input and output embeddings) is broken where the
         adapter changed one of the two; the model's config is told, so that a reload does not tie them again.
         """
+        if merge:
+            self._require_mergeable()
         for _, layer in list(self.layers()):
             if merge:
                 layer.merge(names, safe_merge=safe_merge)
@@ -173,6 +196,8 @@ class Attached:
         if merge:
             _declare_untied(self.root)
         self.undo_surgery()
+        self.prompts.clear()
+        self._unhook()
         self.root.__dict__.pop(STATE, None)
         self.root.requires_grad_(False)
         return self.root
@@ -199,6 +224,10 @@ class Attached:
         for bank in self.shared.values():
             if name in bank:
                 del bank[name]
+        if name in self.prompts:
+            del self.prompts[name]
+            if not len(self.prompts):
+                self._unhook()
         del self.configs[name]
         if name not in self.active:
             return
@@ -209,6 +238,15 @@ class Attached:
                 f"Adapter {name} was active which is now deleted. Setting active adapter to {left[0]}.", stacklevel=3
             )
         self.set_active(left)
+
+    def _unhook(self) -> None:
+        while self.hooks:
+            self.hooks.pop().remove()
+
+    def _require_mergeable(self) -> None:
+        if len(self.prompts):
+            method = next(iter(self.configs.values())).peft_type
+            raise InputError(f"{method} adapters cannot be merged: a prompt is no weight of the model")
 
     def _known(self, name: str) -> None:
         if name not in self.configs:
@@ -255,9 +293,14 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def embeddings(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
     """The input and output embeddings of a transformers model, as they stand now."""
-    tokens = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return tokens, head
+    return _embedding(model, "get_input_embeddings"), _embedding(model, "get_output_embeddings")
+
+
+def _embedding(model: Any, getter: str) -> nn.Module | None:
+    try:
+        return getattr(model, getter)()
+    except (AttributeError, NotImplementedError):  # not a transformers model, or one without tokens
+        return None
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """`PeftModel` and `get_peft_model`: the public face of the engine, with PEFT's names and words.
 
 A PeftModel holds a `Tuner` (`base_model`), which holds the user's model (`base_model.model`): that is where the parts of
-every checkpoint key come from.
+every checkpoint key come from. With a prompt, `base_model` is the user's model itself and `prompt_encoder` stands beside.
 """
 
 from __future__ import annotations
@@ -16,19 +16,14 @@ from torch import Tensor, nn  # noqa: TID253
 
 from peftcli.adapters import checkpoint
 from peftcli.adapters.attach import attach
-from peftcli.adapters.config import PeftConfig, TaskType, TunerConfig, read_config
+from peftcli.adapters.config import HEADS, PeftConfig, TaskType, read_config
 from peftcli.adapters.context import check_adapter_names
-from peftcli.adapters.engine import adapters_of, attached_to
+from peftcli.adapters.engine import Attached, adapters_of, attached_to
+from peftcli.adapters.prompt import attach_prompt
+from peftcli.adapters.prompt_base import PromptLearningConfig
 from peftcli.adapters.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from peftcli.adapters.tuner import Tuner
 from peftcli.errors import InputError
-
-HEADS: dict[TaskType | None, list[str]] = {
-    TaskType.SEQ_CLS: ["classifier", "score"],
-    TaskType.TOKEN_CLS: ["classifier", "score"],
-    TaskType.QUESTION_ANS: ["qa_outputs"],
-}
-"""Heads that a task trains in full: the base was published without them."""
 
 
 class PeftModel(nn.Module):
@@ -51,8 +46,10 @@ class PeftModel(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.base_model = Tuner(model)
+        self.base_model = model if peft_config.is_prompt_learning else Tuner(model)
         self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype, **options)
+        if peft_config.is_prompt_learning:
+            self.prompt_encoder = self.attached.prompts
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             cast(Any, model).enable_input_require_grads()  # else the first checkpointed block sees nothing to train
 
@@ -68,12 +65,15 @@ class PeftModel(nn.Module):
     ) -> None:
         """Attach another adapter of the same method. The active adapter stays the active one."""
         self._check_same_method(peft_config)
-        if isinstance(peft_config, TunerConfig) and (heads := HEADS.get(_task(peft_config), [])):
+        if hasattr(peft_config, "modules_to_save") and (heads := HEADS.get(peft_config.task, [])):
             given = list(peft_config.modules_to_save or [])
             peft_config.modules_to_save = given + [head for head in heads if head not in given]
-        self.base_model.attach(
-            peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, initialize=initialize
-        )
+        if isinstance(peft_config, PromptLearningConfig):
+            attach_prompt(self.get_base_model(), peft_config, adapter_name, initialize=initialize)
+        else:
+            cast(Tuner, self.base_model).attach(
+                peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, initialize=initialize
+            )
 
     def _check_same_method(self, peft_config: PeftConfig) -> None:
         others = {config.peft_type for config in self.peft_config.values()}
@@ -96,12 +96,11 @@ class PeftModel(nn.Module):
     ) -> None:
         """Load a saved adapter beside the others. The model goes to eval mode unless the adapter is to be trained."""
         folder = checkpoint.resolve_adapter_folder(model_id, **hub)
-        config = read_config(folder / checkpoint.CONFIG_NAME)
-        config.inference_mode = not is_trainable
+        config = _for_loading(read_config(folder / checkpoint.CONFIG_NAME), is_trainable)
         tensors = checkpoint.read_tensors(folder, allow_pickle=allow_pickle)
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, initialize=False)
         try:
-            checkpoint.load_state(self.base_model.attached, adapter_name, tensors, place=folder)
+            checkpoint.load_state(self.attached, adapter_name, tensors, place=folder)
         except InputError:
             self.delete_adapter(adapter_name)
             raise
@@ -110,26 +109,35 @@ class PeftModel(nn.Module):
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter the active one; its tensors get gradients, unless `inference_mode`."""
-        self.base_model.set_adapter(adapter_name, inference_mode)
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self.attached.set_active(names, trainable=not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter without a trace."""
-        self.base_model.delete_adapter(adapter_name)
+        if isinstance(self.base_model, Tuner):
+            self.base_model.delete_adapter(adapter_name)
+        else:
+            self.attached.delete(adapter_name)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The bare base model inside the `with`. May be nested."""
-        with self.base_model.attached.switched_off():
+        with self.attached.switched_off():
             yield
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
-        attached = attached_to(self.base_model.model)
+        attached = attached_to(self.get_base_model())
         return attached.configs if attached else {}
 
     @property
+    def attached(self) -> Attached:
+        """The engine's view of the adapters."""
+        return adapters_of(self)
+
+    @property
     def active_adapters(self) -> list[str]:
-        return self.base_model.attached.active
+        return self.attached.active
 
     @property
     def active_adapter(self) -> str:
@@ -153,30 +161,43 @@ class PeftModel(nn.Module):
 
     def get_base_model(self) -> nn.Module:
         """The user's model (with the adapters still in it)."""
-        return self.base_model.model
+        return self.base_model.model if isinstance(self.base_model, Tuner) else self.base_model
 
     # -- running --------------------------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, adapter_names: list[str] | None = None, task_ids: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """The model's forward pass.
 
         Args:
             adapter_names: the adapter of each row (`__base__` for none), for mixed batches in eval mode.
+            task_ids: the task of each row [B], for methods that learn several.
         """
+        self.attached.context.task_ids = task_ids  # stays: checkpointing recomputes layers in the backward pass
         with self._mixed(adapter_names, _rows(args, kwargs)):
             return self.base_model(*args, **kwargs)
 
-    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """The model's `generate`, also with an adapter for each row. Beam search repeats the names."""
-        with self._mixed(adapter_names, _rows(args, kwargs)):
-            return cast(Any, self.get_base_model()).generate(*args, **kwargs)
+    def generate(
+        self, *args: Any, adapter_names: list[str] | None = None, task_ids: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """The model's `generate`, also with an adapter or a task for each row. Beam search repeats them."""
+        context = self.attached.context
+        context.task_ids, context.generating = task_ids, True
+        try:
+            with self._mixed(adapter_names, _rows(args, kwargs)):
+                return cast(Any, self.get_base_model()).generate(*args, **kwargs)
+        finally:
+            context.generating = False
 
     @contextmanager
     def _mixed(self, adapter_names: list[str] | None, rows: int | None) -> Iterator[None]:
-        attached = self.base_model.attached
+        attached = self.attached
         if adapter_names is None:
             yield
             return
+        if len(attached.prompts):
+            raise InputError("`adapter_names` can't be used with prompts: the whole batch gets the active one")
         check_adapter_names(adapter_names, list(attached.configs), rows)
         if self.training:
             raise InputError("Cannot pass `adapter_names` when the model is in training mode.")
@@ -235,7 +256,7 @@ class PeftModel(nn.Module):
             )
         for name in names if is_main_process else []:
             folder = Path(save_directory) / ("" if name == "default" else name)
-            checkpoint.save_adapter(self.base_model.attached, name, folder, save_embedding_layers=save_embedding_layers)
+            checkpoint.save_adapter(self.attached, name, folder, save_embedding_layers=save_embedding_layers)
 
     @classmethod
     def class_for(cls, config: PeftConfig) -> type[PeftModel]:
@@ -261,16 +282,15 @@ class PeftModel(nn.Module):
             InputErrors: listing every tensor the file lacks, has too much, or has in another shape.
         """
         folder = checkpoint.resolve_adapter_folder(model_id, **hub)
-        config = config or read_config(folder / checkpoint.CONFIG_NAME)
-        config.inference_mode = not is_trainable
+        config = _for_loading(config or read_config(folder / checkpoint.CONFIG_NAME), is_trainable)
         tensors = checkpoint.read_tensors(folder, allow_pickle=allow_pickle)
         wrapper = cls.class_for(config)(
             model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, initialize=False
         )
         try:
-            checkpoint.load_state(wrapper.base_model.attached, adapter_name, tensors, place=folder)
+            checkpoint.load_state(wrapper.attached, adapter_name, tensors, place=folder)
         except InputError:
-            wrapper.base_model.unload()  # the caller's model comes back as it was
+            wrapper.attached.unload(merge=False)  # the caller's model comes back as it was
             raise
         return wrapper if is_trainable else wrapper.eval()
 
@@ -320,11 +340,15 @@ MODEL_CLASSES: dict[TaskType | None, type[PeftModel]] = {
 
 def model_class(config: PeftConfig) -> type[PeftModel]:
     """The PeftModel class of a task."""
-    return MODEL_CLASSES.get(_task(config), PeftModel)
+    return MODEL_CLASSES.get(config.task, PeftModel)
 
 
-def _task(config: PeftConfig) -> TaskType | None:
-    return TaskType(config.task_type) if config.task_type in set(TaskType) else None
+def _for_loading(config: PeftConfig, is_trainable: bool) -> PeftConfig:
+    """A saved adapter's config, set to how it is to be used."""
+    if config.is_prompt_learning and is_trainable:
+        raise InputError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
+    config.inference_mode = not is_trainable
+    return config
 
 
 def get_peft_model(

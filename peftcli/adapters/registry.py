@@ -13,6 +13,7 @@ from peftcli.errors import InputError, nearest, printable
 if TYPE_CHECKING:
     from peftcli.adapters.base import Adapter
     from peftcli.adapters.config import PeftConfig
+    from peftcli.adapters.prompt_base import PromptMethod
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ METHODS: dict[str, Method] = {
     "HRA": Method("hra", "HRAConfig", "Hra"),
     "LN_TUNING": Method("ln_tuning", "LNTuningConfig", "LnTuning"),
     "ROAD": Method("road", "RoadConfig", "Road"),
+    "PROMPT_TUNING": Method("prompt_tuning", "PromptTuningConfig", "PromptTuning"),
     "LOHA": Method("loha", "LoHaConfig", "LoHa"),
     "LOKR": Method("lokr", "LoKrConfig", "LoKr"),
     "VERA": Method("vera", "VeraConfig", "Vera"),
@@ -65,6 +67,12 @@ def adapter_class(config: PeftConfig) -> type[Adapter]:
 
 def adapter_class_of(method: Method) -> type[Adapter]:
     """The adapter class an entry names."""
+    return getattr(import_module(f"peftcli.adapters.methods.{method.file}"), method.adapter)
+
+
+def prompt_class(config: PeftConfig) -> type[PromptMethod]:
+    """The class that states the prompt a config asks for, e.g. `PromptTuning`."""
+    method = _entry(config.peft_type, None)
     return getattr(import_module(f"peftcli.adapters.methods.{method.file}"), method.adapter)
 
 
