@@ -76,10 +76,33 @@ def created(folder: Path) -> Iterator[None]:
 def clear(folder: Path) -> None:
     """Remove what an earlier run wrote, except the data, which this one has just written. Links are not followed."""
     for path in (path for pattern in WRITTEN for path in folder.glob(pattern) if path.name != DATA):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def kept_if_refused(folder: Path) -> Iterator[None]:
+    """Put recipe and data of a run that is to be continued aside, and back if the block refuses to continue it."""
+    aside = folder / f".tmp-0-{os.getpid()}"  # named like a checkpoint on its way, so that it is swept up like one
+    aside.mkdir()
+    for name in (RECIPE, DATA):
+        if (folder / name).exists():
+            (folder / name).rename(aside / name)
+    try:
+        yield
+    except InputError:
+        for path in aside.iterdir():
+            _remove(folder / path.name)
+            path.rename(folder / path.name)
+        raise
+    finally:
+        shutil.rmtree(aside)
 
 
 def write_recipe(folder: Path, text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -83,30 +83,35 @@ def run(request: Request) -> None:
     if in_process and request.launcher_arguments:
         raise InputError("no launcher is used that could take these arguments", place="after `--`")
     run_folder.require_usable(folder, overwrite=request.overwrite, resume=resume is not None)
-    with run_folder.created(folder):
-        setup = _set_up(request, folder / run_folder.DATA)
-        if resume is None:
-            run_folder.clear(folder)
-        # A run is the same run, however often it is continued.
-        stored = request.recipe.model_copy(
-            update={"training": training.model_copy(update={"resume_from_checkpoint": None})}
-        )
-        run_folder.write_recipe(folder, dump_recipe(stored))
-    if not request.as_json:
-        train_screens.show(setup)
-    result = _in_this_process(request, folder, resume) if in_process else _launched(request, folder, resume)
+    with run_folder.kept_if_refused(folder) if resume and folder.is_dir() else nullcontext():
+        with run_folder.created(folder):
+            setup = _set_up(request, folder / run_folder.DATA)
+            if resume is None:
+                run_folder.clear(folder)
+            run_folder.write_recipe(folder, dump_recipe(_to_store(request.recipe)))
+        if not request.as_json:
+            train_screens.show(setup)
+        result = _in_this_process(request, folder, resume) if in_process else _launched(request, folder, resume)
     if request.as_json:
         console.say_json(asdict(result))
     else:
         train_screens.show_result(request.file, result)
 
 
+def _to_store(recipe: Recipe) -> Recipe:
+    """The run's recipe, which is the same however often the run is continued."""
+    training = recipe.training.model_copy(update={"resume_from_checkpoint": None})
+    return recipe.model_copy(update={"training": training})
+
+
 def _set_up(request: Request, data_folder: Path) -> Setup:
     """Everything that can be found out before training; what can fail soonest comes first."""
     from peftcli.data.prepare import prepare
+    from peftcli.training.callbacks import require_trackers
     from peftcli.training.model import load_tokenizer
 
     recipe = request.recipe
+    require_trackers(recipe.training.report_to)
     tokenizer = load_tokenizer(recipe.model)
     processes = launcher_command.processes(recipe.launcher)
     with _progress() as progress:

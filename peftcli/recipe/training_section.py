@@ -52,8 +52,6 @@ class TrainingSection(Section):
     """Forward passes per optimizer step."""
     group_by_length: bool = True
     """Put samples of similar length into one batch: less padding, the same loss."""
-    dataloader_num_workers: Annotated[int, Field(ge=0, le=256)] = 0
-    """Processes that build batches; 0: the training process does. Data is tokenised before, so 0 is seldom slower."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1000)] = 2e-4
     """Peak learning rate."""
