@@ -35,7 +35,7 @@ def model_card(recipe: Recipe, data: Mapping[str, Any], metrics: Mapping[str, fl
     parts = [
         _front_matter(recipe, base),
         f"# {_text(PurePath(recipe.training.output_dir).name)}\n",
-        f"{_method(recipe)} on {_code(base)}, trained with [peftcli](https://pypi.org/project/peftcli/).\n",
+        f"{_method(recipe)} on {_code(base)}, trained with peftcli.\n",
         "## Training\n",
         _table(_training_facts(recipe, data, step)),
     ]
