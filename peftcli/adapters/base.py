@@ -173,7 +173,15 @@ class Adapter:
 
     def stored(self, p: Tensors) -> dict[str, Tensor]:
         """The tensors as the file holds them, by the key's last part."""
-        return {key: p[key] for key, spec in self.tensors().items() if spec.saved and not spec.shared}
+        return {key: p[key] for key in Adapter.file_tensors(self)}
+
+    def restored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `stored`, for a method whose `file_tensors` are not its own."""
+        return tensors
+    def file_tensors(self) -> dict[str, TensorSpec]:
+        """The tensors a file holds under the module's name, by the key's last part. Needs no torch."""
+        return {key: spec for key, spec in self.tensors().items() if spec.saved and not spec.shared}
+
 
     @classmethod
     def make_shared(cls, adapters: list[Adapter], config: Any) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch  # noqa: TID253
 from torch import Tensor  # noqa: TID253
 
+from peftcli.adapters.base import Adapter
 from peftcli.adapters.config import CONFIG_NAME, read_strict_json
 from peftcli.adapters.engine import Attached, embeddings
 from peftcli.adapters.layer import Buffers
@@ -142,6 +143,7 @@ def load_state(
     owned = owned_tensors(attached, name)
     banks = {f"base_model.{key}": bank for key, bank in attached.shared.items() if name in bank}
     targets = embedding_tensors(attached) | {key: bank[name] for key, bank in banks.items()} | owned
+    tensors = _restored(attached, name, tensors)
     given = {key: tensor for key, tensor in tensors.items() if not _obsolete(attached, name, key)}
     problems = [_missing(key, given, place) for key in owned if key not in given]
     for key, tensor in given.items():
@@ -167,6 +169,20 @@ def load_state(
                 bank[name] = tensor.to(bank[name])  # replaced: another adapter may share the old tensor
             else:
                 targets[key].copy_(tensor)
+
+
+def _restored(attached: Attached, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors with those replaced that a method stores in another form than it uses."""
+    restored = dict(tensors)
+    for path, layer in attached.layers():
+        adapter = layer.adapters.get(name)
+        if adapter is None or adapter.file_tensors().keys() == Adapter.file_tensors(adapter).keys():
+            continue
+        prefix, specs = f"{attached.key_prefix}{path}.", adapter.file_tensors()
+        if all(prefix + part in restored and restored[prefix + part].shape == specs[part].shape for part in specs):
+            form = adapter.restored({part: restored.pop(prefix + part) for part in specs})
+            restored.update({prefix + part: tensor for part, tensor in form.items()})
+    return restored
 
 
 def _obsolete(attached: Attached, name: str, key: str) -> bool:

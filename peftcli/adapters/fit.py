@@ -84,12 +84,7 @@ def fit(cls: type[Adapter], config: PeftConfig, module: str, found: Found, candi
 
 def _at(cls: type[Adapter], config: PeftConfig, shape: SiteShape) -> Fit:
     adapter = cls(config, shape)
-    return Fit(shape, adapter, _saved(adapter))
-
-
-def _saved(adapter: Adapter) -> Specs:
-    """The tensors of one module that a file holds under the module's own name."""
-    return {name: spec for name, spec in adapter.tensors().items() if spec.saved and not spec.shared}
+    return Fit(shape, adapter, adapter.file_tensors())
 
 
 def _solved(cls: type[Adapter], config: PeftConfig, module: str, found: Found) -> list[Fit]:
@@ -114,7 +109,7 @@ def _solved(cls: type[Adapter], config: PeftConfig, module: str, found: Found) -
 def _solve(cls: type[Adapter], config: PeftConfig, probe: SiteShape, found: Found) -> Fit:
     """The fit at the sizes that the tensors give."""
     base = _at(cls, config, probe)
-    grown = {side: [_saved(cls(config, _scaled(probe, side, times))) for times in (2, 4)] for side in SIDES}
+    grown = {side: [cls(config, _scaled(probe, side, times)).file_tensors() for times in (2, 4)] for side in SIDES}
     sizes = {side: _size(getattr(probe, side), base.specs, grown[side], found) for side in SIDES}
     sized = replace(
         probe,
@@ -124,7 +119,7 @@ def _solve(cls: type[Adapter], config: PeftConfig, probe: SiteShape, found: Foun
     option = _at(cls, config, sized)
     for side in SIDES:
         if sizes[side] == 0:
-            bigger = [_saved(cls(config, _scaled(sized, side, times))) for times in (2, 4)]
+            bigger = [cls(config, _scaled(sized, side, times)).file_tensors() for times in (2, 4)]
             option = replace(option, specs=_masked(option.specs, bigger))
     shape = replace(sized, in_features=sizes["in_features"] or 0, out_features=sizes["out_features"] or 0)
     return replace(option, shape=shape)

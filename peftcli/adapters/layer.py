@@ -245,7 +245,7 @@ class AdapterLayer(nn.Module):
 
     def _with_update(self, name: str, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y + dW x."""
-        adapter, p = self.adapters[name], self.tensors(name)
+        adapter, p = self.adapters[name], self._pass_tensors(name, dropping=self.training)
         assert isinstance(adapter, DeltaAdapter)
         if adapter.dropout and self.training and x.is_floating_point():
             x = F.dropout(x, adapter.dropout)

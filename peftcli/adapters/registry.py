@@ -43,6 +43,7 @@ METHODS: dict[str, Method] = {
 
 PeftType = Enum("PeftType", {name: name for name in METHODS}, type=str)  # type: ignore[misc]  # one source of names
 """PEFT's enumeration of method names."""
+    "VBLORA": Method("vblora", "VBLoRAConfig", "VBLoRA"),
 
 
 def method_names() -> list[str]:

@@ -86,6 +86,7 @@ ROWS = [
     Row("FOURIERFT", {"n_frequency": 50, "init_weights": True}),
     Row("FOURIERFT", {"n_frequency": 60, "scaling": 15, "n_frequency_pattern": {"s.te": 1}}, identity=False),
 ]
+    Row("VBLORA", {"r": 2, "num_vectors": 8, "vector_length": 2, "topk": 3}, identity=False),
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
 
