@@ -34,6 +34,9 @@ METHODS: dict[str, Method] = {
     "LN_TUNING": Method("ln_tuning", "LNTuningConfig", "LnTuning"),
     "ROAD": Method("road", "RoadConfig", "Road"),
     "PROMPT_TUNING": Method("prompt_tuning", "PromptTuningConfig", "PromptTuning"),
+    "MULTITASK_PROMPT_TUNING": Method(
+        "multitask_prompt_tuning", "MultitaskPromptTuningConfig", "MultitaskPromptTuning"
+    ),
     "LOHA": Method("loha", "LoHaConfig", "LoHa"),
     "LOKR": Method("lokr", "LoKrConfig", "LoKr"),
     "VERA": Method("vera", "VeraConfig", "Vera"),
