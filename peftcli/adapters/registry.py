@@ -37,6 +37,7 @@ METHODS: dict[str, Method] = {
     "MULTITASK_PROMPT_TUNING": Method(
         "multitask_prompt_tuning", "MultitaskPromptTuningConfig", "MultitaskPromptTuning"
     ),
+    "P_TUNING": Method("p_tuning", "PromptEncoderConfig", "PTuning"),
     "LOHA": Method("loha", "LoHaConfig", "LoHa"),
     "LOKR": Method("lokr", "LoKrConfig", "LoKr"),
     "VERA": Method("vera", "VeraConfig", "Vera"),
