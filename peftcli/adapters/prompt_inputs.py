@@ -129,14 +129,8 @@ class EmbeddingsHook(Hook):
             inputs["token_type_ids"] = None
         for name in ("start_positions", "end_positions"):
             shift(inputs, name, tokens)
-        mask = inputs.get(TEXT.mask)
-        if task == TaskType.SEQ_CLS and hasattr(self.attached.root, "score") and mask is not None and rows > 1:
-            if bool((mask[:, -1] == 0).any()):
-                raise InputError(
-                    "the model classifies by its last token, and can't tell which one that is behind a prompt",
-                    field=TEXT.mask,
-                    fix="pad on the left (tokenizer.padding_side = 'left')",
-                )
+        if task == TaskType.SEQ_CLS and hasattr(self.attached.root, "score"):
+            _require_left_padding(inputs)
 
 
 class EncoderHook(Hook):
@@ -236,6 +230,17 @@ def shift(inputs: Inputs, name: str, tokens: int) -> None:
     """Positions in the text as positions behind the prompt, where they are given."""
     if inputs.get(name) is not None:
         inputs[name] = inputs[name] + tokens
+
+
+def _require_left_padding(inputs: Inputs) -> None:
+    """A decoder with a `score` head takes the last token's answer, found by its id, which it gets no more."""
+    mask = inputs.get(TEXT.mask)
+    if mask is not None and bool((mask[:, -1] == 0).any()):
+        raise InputError(
+            "the model classifies by its last token, and can't tell which one that is behind a prompt",
+            field=TEXT.mask,
+            fix="pad on the left (tokenizer.padding_side = 'left')",
+        )
 
 
 def _batch_size(inputs: Inputs) -> int:

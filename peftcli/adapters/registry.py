@@ -38,6 +38,7 @@ METHODS: dict[str, Method] = {
         "multitask_prompt_tuning", "MultitaskPromptTuningConfig", "MultitaskPromptTuning"
     ),
     "P_TUNING": Method("p_tuning", "PromptEncoderConfig", "PTuning"),
+    "PREFIX_TUNING": Method("prefix_tuning", "PrefixTuningConfig", "PrefixTuning"),
     "LOHA": Method("loha", "LoHaConfig", "LoHa"),
     "LOKR": Method("lokr", "LoKrConfig", "LoKr"),
     "VERA": Method("vera", "VeraConfig", "Vera"),
