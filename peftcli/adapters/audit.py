@@ -12,11 +12,12 @@ from pathlib import Path
 
 from peftcli.adapters.audit_copies import check_copies
 from peftcli.adapters.audit_modules import Contents, check_modules, sort_out
+from peftcli.adapters.audit_prompt import check_prompt
 from peftcli.adapters.audit_values import check_values
 from peftcli.adapters.base_facts import BaseFacts, find_base, read_base
 from peftcli.adapters.config import CONFIG_NAME, PeftConfig, TunerConfig, read_config
 from peftcli.adapters.findings import Findings
-from peftcli.adapters.fit import Fit
+from peftcli.adapters.fit import Fit, Found
 from peftcli.adapters.header import TensorFile, TensorInfo, read_header
 from peftcli.adapters.pickle_header import read_pickle_header
 from peftcli.adapters.values import Values
@@ -35,7 +36,6 @@ class Audit:
         config: its config.
         file: its weights' header.
         base: the base model's facts, if it is on this machine.
-        modules: what was made out of each adapted module's tensors, by its path.
         contents: the tensors, sorted by what their names say.
         copies: tensors of what is trained in full (`modules_to_save`, biases, embeddings), by key.
         values: what each float tensor's values look like, by key.
@@ -47,12 +47,21 @@ class Audit:
     config: PeftConfig
     file: TensorFile
     base: BaseFacts | None
-    modules: dict[str, Fit]
     contents: Contents
     copies: dict[str, TensorInfo]
     values: dict[str, Values]
     errors: list[InputError]
     doubts: list[InputError]
+
+    @property
+    def modules(self) -> dict[str, Fit]:
+        """What was made out of each adapted module's tensors, by its path; empty for a prompt."""
+        return self.contents.parts[0].fits if self.contents.parts else {}
+
+    @property
+    def found(self) -> dict[str, Found]:
+        """The tensors at each adapted module, by its path."""
+        return self.contents.parts[0].modules if self.contents.parts else {}
 
 
 def audit_folder(folder: Path, *, base: Path | None = None) -> Audit:
@@ -75,19 +84,27 @@ def _audit(folder: Path, base: Path | None) -> Audit:
     config, file = _read_both(folder / CONFIG_NAME, weights)
     findings = Findings(weights)
     facts = _read_facts(config, folder, base, findings)
-    contents = Contents({}, {}, [])
-    fits: dict[str, Fit] = {}
-    copies: dict[str, TensorInfo] = {}
     _check_start(config, findings)
-    if isinstance(config, TunerConfig):
-        try:
-            contents = sort_out(file, config, findings)
-            fits = check_modules(config, contents, facts, findings)
-        except InputError as error:  # an expression in the config that is broken or too slow
-            findings.add(error, folder / CONFIG_NAME)
-        copies = check_copies(config, contents.others, fits, facts, findings, folder)
-    values = check_values(file, contents, fits, findings)
-    return Audit(folder, config, file, facts, fits, contents, copies, values, findings.errors, findings.doubts)
+    try:
+        contents = _check_tensors(config, file, facts, findings)
+    except InputError as error:  # an expression in the config that is broken or too slow, a token that is not there
+        findings.add(error, folder / CONFIG_NAME)
+        contents = Contents()
+        copies: dict[str, TensorInfo] = {}
+    else:
+        copies = check_copies(config, contents, facts, findings, folder)
+    values = check_values(file, contents, findings)
+    return Audit(folder, config, file, facts, contents, copies, values, findings.errors, findings.doubts)
+
+
+def _check_tensors(config: PeftConfig, file: TensorFile, base: BaseFacts | None, findings: Findings) -> Contents:
+    """Compare the method's tensors with what it states."""
+    if not isinstance(config, TunerConfig):
+        return check_prompt(config, file, base, findings)
+    contents = sort_out(file, config, findings)
+    for part in contents.parts:
+        check_modules(part, base, findings, is_companion=part is not contents.parts[0])
+    return contents
 
 
 def _check_start(config: PeftConfig, findings: Findings) -> None:

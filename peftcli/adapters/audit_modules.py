@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from peftcli.adapters.base import Adapter, TensorSpec
+from peftcli.adapters.audit_targets import not_meant, unmet
+from peftcli.adapters.base import Adapter, SiteShape, TensorSpec
 from peftcli.adapters.base_facts import BaseFacts
 from peftcli.adapters.config import TunerConfig
 from peftcli.adapters.findings import Findings
 from peftcli.adapters.fit import ANY, Fit, Found, agrees, fit, probes
 from peftcli.adapters.header import TensorFile, TensorInfo
-from peftcli.adapters.keys import PREFIX, Key, base_path, take_apart
-from peftcli.adapters.registry import adapter_class
-from peftcli.adapters.targets import default_targets, layer_index, matches
-from peftcli.errors import InputError, printable
+from peftcli.adapters.keys import PREFIX, Key, ascii_name, base_path, take_apart
+from peftcli.adapters.registry import adapter_class, adapter_class_of
+from peftcli.adapters.targets import DUMMY_TARGET_MODULES
+from peftcli.errors import InputError
 
 NAMES_LOOK_LIKE = f"names look like `{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight`"
+
+
+@dataclass
+class Part:
+    """One method's tensors in an adapter file: the config's own, or a companion's (trainable tokens beside LoRA).
+
+    Attributes:
+        config: the method's config.
+        modules: its tensors at each adapted module, by the module's path in the file.
+        shared: its tensors kept once a model.
+        fits: what was made out of each module, by path; filled by `check_modules`.
+    """
+
+    config: TunerConfig
+    modules: dict[str, Found] = field(default_factory=dict)
+    shared: Found = field(default_factory=dict)
+    fits: dict[str, Fit] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -25,14 +41,12 @@ class Contents:
     """An adapter file's tensors, sorted by what their names say.
 
     Attributes:
-        modules: the method's tensors at each adapted module, by its path.
-        shared: the method's tensors kept once a model.
+        parts: each method's; the config's own first.
         others: all else.
     """
 
-    modules: dict[str, Found]
-    shared: Found
-    others: list[tuple[Key, TensorInfo]]
+    parts: list[Part] = field(default_factory=list)
+    others: list[tuple[Key, TensorInfo]] = field(default_factory=list)
 
 
 def sort_out(file: TensorFile, config: TunerConfig, findings: Findings) -> Contents:
@@ -41,36 +55,35 @@ def sort_out(file: TensorFile, config: TunerConfig, findings: Findings) -> Conte
     Raises:
         InputError: if the config holds something the method can't work with.
     """
-    parameters = _parameter_names(adapter_class(config), config)
-    modules: dict[str, Found] = defaultdict(dict)
-    shared: Found = {}
-    others = []
+    contents = Contents([Part(config), *(Part(companion) for companion in config.companions())])
+    owners = {name: part for part in contents.parts[::-1] for name in _parameter_names(part.config)}
+    obsolete = adapter_class(config).obsolete
     for tensor in file.tensors.values():
-        key = take_apart(tensor.name, parameters)
+        key = take_apart(tensor.name, owners)
         for fault in key.faults:
-            findings.error(fault, _ascii(tensor.name), fix=NAMES_LOOK_LIKE)
-        if not key.is_method:
-            others.append((key, tensor))
+            findings.error(fault, ascii_name(tensor.name), fix=NAMES_LOOK_LIKE)
+        if key.parameter in obsolete:
             continue
-        found = modules[key.module] if key.module else shared
+        if not key.is_method:
+            contents.others.append((key, tensor))
+            continue
+        part = owners[key.parameter]
+        found = part.modules.setdefault(key.module, {}) if key.module else part.shared
         if key.parameter in found:
-            findings.error("stands for the same tensor as another name in the file", _ascii(tensor.name))
+            findings.error("stands for the same tensor as another name in the file", ascii_name(tensor.name))
         found[key.parameter] = tensor
-    return Contents(dict(modules), shared, others)
+    return contents
 
 
-def _ascii(name: str) -> str:
-    """A name with look-alikes of other alphabets escaped, so that they show."""
-    return name if name.isascii() else name[:2000].encode("ascii", "backslashreplace").decode()
-
-
-def _parameter_names(cls: type[Adapter], config: TunerConfig) -> set[str]:
+def _parameter_names(config: TunerConfig) -> set[str]:
     """Every name the method may give a tensor, at whatever kind of module."""
+    cls = adapter_class(config)
     names: set[str] = set()
     problem: InputError | None = None
     for shape in probes(cls, "probe"):
         try:
-            names |= cls(config, shape).tensors().keys()
+            adapter = cls(config, shape)
+            names |= adapter.file_tensors().keys() | {key for key, spec in adapter.tensors().items() if spec.shared}
         except InputError as error:  # a block size that does not divide the probe
             problem = error
     if problem and not names:
@@ -78,33 +91,54 @@ def _parameter_names(cls: type[Adapter], config: TunerConfig) -> set[str]:
     return names
 
 
-def check_modules(
-    config: TunerConfig, contents: Contents, base: BaseFacts | None, findings: Findings
-) -> dict[str, Fit]:
-    """Check the tensors at each module against what the method states.
-
-    Returns:
-        What was made out of each module.
+def check_modules(part: Part, base: BaseFacts | None, findings: Findings, *, is_companion: bool) -> None:
+    """Check the tensors at each module against what the method states; fills `part.fits`.
 
     Raises:
         InputError: if an expression of the config is broken or takes too long.
     """
+    config = part.config
     cls = adapter_class(config)
-    fits = {}
-    for path, found in contents.modules.items():
+    for path, found in part.modules.items():
         site = base_path(path)
-        candidates = base.shapes(site) if base else []
-        fits[path] = option = fit(cls, config, site, found, candidates)
-        cause = _not_meant(config, site, base)
+        fused = _fused_parameter(config, site, found)
+        cause = None if fused else not_meant(config, site, base)
+        if fused:
+            option = fit(adapter_class_of(config.parameter_method(fused.experts)), config, site, found, [fused])
+        else:
+            option = fit(cls, config, site, found, base.shapes(site) if base else [])
+        part.fits[path] = option
         if cause:
             for tensor in found.values():
-                findings.error(cause, _ascii(tensor.name))
+                findings.error(cause, ascii_name(tensor.name))
         else:
             _check_tensors(option, path, found, findings)
-    if base is not None and base.tensors:
-        _check_presence(config, contents, base, findings)
-    _check_shared(fits, contents.shared, findings)
-    return fits
+    if not part.modules and not _adapts_nothing(config):
+        what = getattr(config, "field", config.peft_type) if is_companion else config.peft_type
+        findings.error(f"the config asks for {what}, but the file has no such tensors")
+    elif base is not None and base.tensors and not getattr(config, "target_parameters", None):
+        unmet(config, cls, {base_path(path) for path in part.modules}, base, findings)
+    _check_shared(part, findings)
+
+
+def _adapts_nothing(config: TunerConfig) -> bool:
+    """Whether the adapter is meant to hold `modules_to_save` alone (PEFT's word for it)."""
+    targets = config.target_modules or []
+    return DUMMY_TARGET_MODULES in ([targets] if isinstance(targets, str) else targets)
+
+
+def _fused_parameter(config: TunerConfig, site: str, found: Found) -> SiteShape | None:
+    """The shape of a bare parameter, e.g. fused experts, if `target_parameters` names one of the module's.
+
+    The file tells how many matrices are fused: A is [experts * r, in], B [out, experts * r].
+    """
+    owners = {name.rpartition(".")[0] for name in getattr(config, "target_parameters", None) or []}
+    a, b = found.get("lora_A.weight"), found.get("lora_B.weight")
+    if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
+        return None
+    if not any(f".{site}".endswith(f".{owner}") for owner in owners):
+        return None
+    return SiteShape(site, "parameter", a.shape[1], b.shape[0], experts=max(1, a.shape[0] // getattr(config, "r", 1)))
 
 
 def _check_tensors(option: Fit, path: str, found: Found, findings: Findings) -> None:
@@ -113,15 +147,14 @@ def _check_tensors(option: Fit, path: str, found: Found, findings: Findings) -> 
     for name, tensor in found.items():
         spec = option.specs.get(name)
         if spec is None:
-            if name not in option.adapter.obsolete:
-                findings.error("does not belong beside the module's other tensors", _ascii(tensor.name))
+            findings.error("does not belong beside the module's other tensors", ascii_name(tensor.name))
         elif not agrees(spec, tensor):
-            findings.error(_wrong_shape(option, name, spec, tensor), _ascii(tensor.name))
+            findings.error(_wrong_shape(option.adapter, name, spec, tensor), ascii_name(tensor.name))
 
 
-def _wrong_shape(option: Fit, name: str, spec: TensorSpec, tensor: TensorInfo) -> str:
+def _wrong_shape(adapter: Adapter, name: str, spec: TensorSpec, tensor: TensorInfo) -> str:
     """What is wrong with a shape, in the words of the config where it is the rank."""
-    rank = getattr(option.adapter, "r", None)
+    rank = getattr(adapter, "r", None)
     text = f"is {list(tensor.shape)}, not {_shown(spec.shape)}"
     if len(spec.shape) == len(tensor.shape):
         wrong = [(have, want) for have, want in zip(tensor.shape, spec.shape, strict=True) if want not in (ANY, have)]
@@ -136,68 +169,13 @@ def _shown(shape: tuple[int, ...]) -> str:
     return f"[{', '.join('any' if size == ANY else str(size) for size in shape)}]"
 
 
-def _check_shared(fits: dict[str, Fit], shared: Found, findings: Findings) -> None:
+def _check_shared(part: Part, findings: Findings) -> None:
     """Tensors kept once a model: present if a module's method says they are saved."""
     expected = {
         name
-        for option in fits.values()
+        for option in part.fits.values()
         for name, spec in option.adapter.tensors().items()
         if spec.shared and spec.saved
     }
-    for name in expected - shared.keys():
+    for name in expected - part.shared.keys():
         findings.error("is missing", f"base_model.{name}")
-
-
-# -- which modules are meant ----------------------------------------------------------------------------------------
-
-
-def _not_meant(config: TunerConfig, site: str, base: BaseFacts | None) -> str | None:
-    """Why the config does not mean a module that has tensors, or None if it does."""
-    targets = config.target_modules
-    if targets is None and base is not None:
-        targets = default_targets(config.peft_type, base.model_type)
-    if targets is not None and not config.is_all_linear and not matches(targets, site, field="target_modules"):
-        return f"belongs to a module that `target_modules` does not name: {_listed(targets)}"
-    if config.exclude_modules and matches(config.exclude_modules, site, field="exclude_modules"):
-        return f"belongs to a module that `exclude_modules` takes out: {_listed(config.exclude_modules)}"
-    wanted = config.layers_to_transform
-    if wanted is not None:
-        wanted = [wanted] if isinstance(wanted, int) else wanted
-        index = layer_index(site, config.layers_pattern)
-        if index not in wanted:
-            return f"lies in layer {index}, but `layers_to_transform` is {printable(wanted, 100)}"
-    return None
-
-
-def _listed(names: set[str] | list[str] | str) -> str:
-    if isinstance(names, str):
-        return printable(repr(names), 200)
-    shown = sorted(names)[:10]
-    return printable(", ".join(shown), 200) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
-def _check_presence(config: TunerConfig, contents: Contents, base: BaseFacts, findings: Findings) -> None:
-    """Modules of the base that the config means and the file says nothing about, and the other way round."""
-    sites = {base_path(path) for path in contents.modules}
-    weights = {site: base.find(f"{site}.weight") or base.find(f"{site}.in_proj_weight") for site in sites}
-    strangers = [site for site, weight in weights.items() if weight is None]
-    for site in sorted(strangers):
-        findings.doubt(f"is no module of the base {printable(base.folder.name)}", _ascii(site))
-    if strangers:  # the model names its modules otherwise than its checkpoint: nothing can be missed
-        return
-    leaves = {site.rpartition(".")[2] for site in sites}
-    present = {weight.name.removesuffix(".weight") for weight in weights.values() if weight}
-    for module in _meant(config, base):
-        if module not in present and module.rpartition(".")[2] in leaves:
-            findings.error("is meant by the config, but has no tensors in the file", f"{PREFIX}{module}")
-
-
-def _meant(config: TunerConfig, base: BaseFacts) -> Iterator[str]:
-    kinds = adapter_class(config).kinds
-    for module in base.modules():
-        try:
-            is_kind = any(shape.kind in kinds for shape in base.shapes(module))
-            if is_kind and _not_meant(config, module, base) is None:
-                yield module
-        except InputError:  # an expression that takes too long on this name; the adapter's own were checked
-            return

@@ -7,7 +7,6 @@ from collections import defaultdict
 from peftcli.adapters.audit_modules import Contents
 from peftcli.adapters.base import TensorSpec
 from peftcli.adapters.findings import Findings
-from peftcli.adapters.fit import Fit
 from peftcli.adapters.header import TensorFile, TensorInfo
 from peftcli.adapters.values import FLOATS, Values, look
 from peftcli.files import open_regular
@@ -19,13 +18,13 @@ DTYPE_NAMES = {"int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "ui
 """torch's dtype names in a `TensorSpec`, as safetensors writes them."""
 
 
-def check_values(file: TensorFile, contents: Contents, fits: dict[str, Fit], findings: Findings) -> dict[str, Values]:
+def check_values(file: TensorFile, contents: Contents, findings: Findings) -> dict[str, Values]:
     """Read every float tensor once.
 
     Returns:
         What its values look like, by key.
     """
-    specs = _specs(contents, fits)
+    specs = _specs(contents)
     copies = {tensor.name for _, tensor in contents.others}
     values: dict[str, Values] = {}
     if file.size > MAX_BYTES:
@@ -42,13 +41,14 @@ def check_values(file: TensorFile, contents: Contents, fits: dict[str, Fit], fin
     return values
 
 
-def _specs(contents: Contents, fits: dict[str, Fit]) -> dict[str, TensorSpec]:
-    """What the method says about each of its tensors, by key."""
+def _specs(contents: Contents) -> dict[str, TensorSpec]:
+    """What the methods say about each of their tensors, by key."""
     return {
-        tensor.name: fits[path].specs[parameter]
-        for path, found in contents.modules.items()
+        tensor.name: part.fits[path].specs[parameter]
+        for part in contents.parts
+        for path, found in part.modules.items()
         for parameter, tensor in found.items()
-        if path in fits and parameter in fits[path].specs
+        if path in part.fits and parameter in part.fits[path].specs
     }
 
 
@@ -87,16 +87,17 @@ def _check_training(
     """A tensor that starts as zero and still is one has not been trained."""
     still_zero: dict[str, list[str]] = defaultdict(list)
     seen: dict[str, int] = defaultdict(int)
-    for path, found in contents.modules.items():
-        for parameter, tensor in found.items():
-            spec = specs.get(tensor.name)
-            if spec is not None and spec.init == "zeros" and spec.trainable and tensor.name in values:
-                seen[parameter] += 1
-                if values[tensor.name].zero:
-                    still_zero[parameter].append(f"{path}.{parameter}")
+    for part in contents.parts:
+        for path, found in part.modules.items():
+            for parameter, tensor in found.items():
+                spec = specs.get(tensor.name)
+                if spec is not None and spec.init == "zeros" and spec.trainable and tensor.name in values:
+                    seen[parameter] += 1
+                    if values[tensor.name].zero:
+                        still_zero[parameter].append(f"{path}.{parameter}")
     for parameter, names in still_zero.items():
-        part = parameter.removesuffix(".weight")
+        name = parameter.removesuffix(".weight")
         everywhere = len(names) == seen[parameter]
-        text = f"{part} all zero: untrained" if everywhere else f"{part} all zero, others are not: not trained"
-        for name in names:
-            findings.doubt(text, name)
+        text = f"{name} all zero: untrained" if everywhere else f"{name} all zero, others are not: not trained"
+        for tensor_name in names:
+            findings.doubt(text, tensor_name)

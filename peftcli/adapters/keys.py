@@ -92,3 +92,8 @@ def _split(name: str, path: str, known: list[str], faults: list[str]) -> Key:
             return Key(name, match[1], parameter, True, tuple(faults))
     module, _, parameter = path.rpartition(".")
     return Key(name, module, parameter, False, tuple(faults))
+
+
+def ascii_name(name: str) -> str:
+    """A name with look-alikes of other alphabets escaped, so that they show."""
+    return name if name.isascii() else name.encode("ascii", "backslashreplace").decode()

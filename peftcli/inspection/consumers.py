@@ -45,7 +45,7 @@ def _extras(audit: Audit) -> list[str]:
     """What neither vLLM nor llama.cpp takes."""
     if audit.config.peft_type != "LORA":
         return [f"refuses {audit.config.peft_type}: export it as LoRA or merge it"]
-    names = {name for found in audit.contents.modules.values() for name in found}
+    names = {name for found in audit.found.values() for name in found}
     reasons = [f"refuses the tensor {name}" for name in sorted(names - set(PLAIN_TENSORS))]
     if audit.copies:
         reasons.append("refuses modules and biases trained in full")

@@ -29,7 +29,7 @@ def spectrum_rows(audit: Audit) -> list[dict[str, Any]]:
     rows = []
     with open_regular(audit.file.path) as file:
         for path, fit in audit.modules.items():
-            factors = _factors(file, fit, audit.contents.modules[path])
+            factors = _factors(file, fit, audit.found[path])
             if factors is not None:
                 values = singular_values(*factors) * abs(fit.adapter.scaling)
                 rows.append({"module": path, "r": len(values), **describe(values)})
@@ -41,7 +41,7 @@ def norm_rows(audit: Audit) -> list[dict[str, Any]]:
     updates = {row["module"]: row["norm"] for row in spectrum_rows(audit)}
     rows = []
     with open_regular(audit.file.path) as file:
-        for path, found in audit.contents.modules.items():
+        for path, found in audit.found.items():
             norms = {name: float(numpy.linalg.norm(read_array(file, tensor))) for name, tensor in found.items()}
             rows.append({"module": path, "update": updates.get(path), "tensors": norms})
     return rows

@@ -99,7 +99,7 @@ def target_rows(audit: Audit) -> list[dict[str, Any]]:
     for path, fit in audit.modules.items():
         name = path.rpartition(".")[2]
         rank = getattr(fit.adapter, "r", None)
-        parameters = sum(tensor.numel for tensor in audit.contents.modules[path].values())
+        parameters = sum(tensor.numel for tensor in audit.found[path].values())
         key = (name, fit.shape.kind, fit.shape.in_features, fit.shape.out_features, rank, _scaling(fit))
         row = rows.setdefault(
             key,

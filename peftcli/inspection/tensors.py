@@ -24,7 +24,7 @@ def tensors_summary(path: Path) -> tuple[dict[str, Any], list[InputError]]:
     file = read_pickle_header(path) if path.suffix == ".bin" else read_header(path)
     findings = Findings(path)
     others = [(Key(name, "", name, False), tensor) for name, tensor in file.tensors.items()]
-    check_values(file, Contents({}, {}, others), {}, findings)
+    check_values(file, Contents(others=others), findings)
     errors = findings.errors
     summary = {
         "kind": "tensors",

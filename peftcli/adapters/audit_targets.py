@@ -1,0 +1,74 @@
+"""Does an adapter file hold tensors for the modules its config means, for all of them and for no other?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peftcli.adapters.base import Adapter
+from peftcli.adapters.base_facts import BaseFacts
+from peftcli.adapters.config import TunerConfig
+from peftcli.adapters.findings import Findings
+from peftcli.adapters.keys import PREFIX, ascii_name
+from peftcli.adapters.targets import default_targets, layer_index, matches
+from peftcli.errors import InputError, printable
+
+
+def not_meant(config: TunerConfig, site: str, base: BaseFacts | None) -> str | None:
+    """Why the config does not mean a module that has tensors, or None if it does.
+
+    Raises:
+        InputError: if an expression of the config is broken or takes too long.
+    """
+    targets = config.target_modules
+    if targets is None and base is not None and config.default_tables.get("target_modules") == "targets":
+        targets = default_targets(config.peft_type, base.model_type)
+    if targets is not None and not config.is_all_linear and not matches(targets, site, field="target_modules"):
+        return f"belongs to a module that `target_modules` does not name: {_listed(targets)}"
+    if config.exclude_modules and matches(config.exclude_modules, site, field="exclude_modules"):
+        return f"belongs to a module that `exclude_modules` takes out: {_listed(config.exclude_modules)}"
+    wanted = config.layers_to_transform
+    if wanted is not None:
+        wanted = [wanted] if isinstance(wanted, int) else wanted
+        index = layer_index(site, config.layers_pattern)
+        if index not in wanted:
+            return f"lies in layer {index}, but `layers_to_transform` is {printable(wanted, 100)}"
+    return None
+
+
+def _listed(names: set[str] | list[str] | str) -> str:
+    if isinstance(names, str):
+        return printable(repr(names), 200)
+    shown = sorted(names)[:10]
+    return printable(", ".join(shown), 200) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def unmet(config: TunerConfig, cls: type[Adapter], sites: set[str], base: BaseFacts, findings: Findings) -> None:
+    """Report modules of the base that the config means and the file says nothing about, and the other way round.
+
+    Args:
+        config, cls: the method.
+        sites: modules with tensors in the file.
+        base: the base model.
+        findings: takes the reports.
+    """
+    weights = {site: base.find(f"{site}.weight") or base.find(f"{site}.in_proj_weight") for site in sites}
+    strangers = [site for site, weight in weights.items() if weight is None]
+    for site in sorted(strangers):
+        findings.doubt(f"is no module of the base {printable(base.folder.name)}", ascii_name(site))
+    if strangers:  # the model names its modules otherwise than its checkpoint: nothing can be missed
+        return
+    leaves = {site.rpartition(".")[2] for site in sites}
+    present = {weight.name.removesuffix(".weight") for weight in weights.values() if weight}
+    for module in _meant(config, cls, base):
+        if module not in present and module.rpartition(".")[2] in leaves:
+            findings.error("is meant by the config, but has no tensors in the file", f"{PREFIX}{module}")
+
+
+def _meant(config: TunerConfig, cls: type[Adapter], base: BaseFacts) -> Iterator[str]:
+    for module in base.modules():
+        try:
+            is_kind = any(shape.kind in cls.kinds for shape in base.shapes(module))
+            if is_kind and not_meant(config, module, base) is None:
+                yield module
+        except InputError:  # an expression that takes too long on this name; the adapter's own were checked
+            return
