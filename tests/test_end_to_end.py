@@ -7,11 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from data.families import family
 from training.tiny import tiny_llama
+
+from peftcli.cli import main
 
 RECIPE = """
 model: {name_or_path: base}
@@ -29,6 +32,7 @@ training:
   logging_steps: 1
 """
 ANSWERS = {"hello": "world", "how are you": "fine thanks", "what": "the answer is 4", "question": "tool"}
+Here = Callable[..., str]
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "README.md")
 
 
@@ -63,6 +67,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "test.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def here(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    """The command in this process, which has its imports already; gives what it wrote to stderr."""
+
+    def call(*arguments: str, code: int) -> str:
+        monkeypatch.chdir(place)
+        assert main(arguments) == code
+        return capsys.readouterr().err
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +119,10 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(place: Path, run: Path)
         assert (stopped / name).read_bytes() == (run / name).read_bytes(), name
 
 
-def test_a_folder_with_work_in_it_is_not_overwritten(place: Path, run: Path) -> None:
+def test_a_folder_with_work_in_it_is_not_overwritten(place: Path, run: Path, here: Here) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    shown = peft("train", "recipe.yaml", cwd=place, code=2)
-    assert "--resume auto" in shown.stderr and "--overwrite" in shown.stderr
+    message = here("train", "recipe.yaml", code=2)
+    assert "--resume auto" in message and "--overwrite" in message
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
@@ -129,10 +145,10 @@ def test_eval_compares_base_and_adapter(place: Path, run: Path) -> None:
     assert "samples were trained on" in shown.stderr
 
 
-def test_eval_fails_below_a_threshold(place: Path, run: Path) -> None:
-    shown = peft("eval", "run", "--metrics", "loss", "--fail-under", "loss=0.0001", cwd=place, code=1)
-    assert "loss is" in shown.stderr and "at most 0.0001" in shown.stderr
-    peft("eval", "recipe.yaml", "--metrics", "loss", "--fail-under", "loss=1000", cwd=place)
+def test_eval_fails_below_a_threshold(run: Path, here: Here) -> None:
+    message = here("eval", "run", "--metrics", "loss", "--fail-under", "loss=0.0001", code=1)
+    assert "loss is" in message and "at most 0.0001" in message
+    here("eval", "recipe.yaml", "--metrics", "loss", "--fail-under", "loss=1000", code=0)
 
 
 def test_inspect_knows_what_was_trained(place: Path, run: Path) -> None:
@@ -151,7 +167,7 @@ def test_inspect_knows_what_was_trained(place: Path, run: Path) -> None:
         ("data.max_length=4", "max_length"),
     ],
 )
-def test_bad_input_is_refused_and_nothing_is_written(place: Path, change: str, message: str) -> None:
-    shown = peft("train", "recipe.yaml", change, "--output-dir", "refused", cwd=place, code=2)
-    assert message in shown.stderr
-    assert not (place / "refused").exists()
+def test_bad_input_is_refused_and_nothing_is_written(tmp_path: Path, here: Here, change: str, message: str) -> None:
+    refused = tmp_path / "refused"
+    assert message in here("train", "recipe.yaml", change, "--output-dir", str(refused), code=2)
+    assert not refused.exists()
