@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from data.families import family
-from training.tiny import tiny_llama
 
 import peftcli
 from peftcli.adapters.config import PeftConfig
@@ -71,18 +68,14 @@ launcher: {type: none}
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    tokenizer = family("chatml")
-    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    rows = [{"question": f"what {number}", "completion": "fine thanks"} for number in range(16)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/train-0.jsonl").write_text((tmp_path / "train.jsonl").read_text().replace("question", "prompt"))
-    (tmp_path / "first.yaml").write_text(FIRST)
-    (tmp_path / "second.yaml").write_text(SECOND)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def recipes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "first.yaml").write_text(FIRST)
+    (place / "second.yaml").write_text(SECOND)
+    text = (place / "train.jsonl").read_text()
+    (place / "train.jsonl").write_text(text.replace("prompt", "question"))
+    (place / "folder").mkdir()
+    (place / "folder/train-0.jsonl").write_text(text)
+    monkeypatch.chdir(place)
 
 
 @pytest.fixture
@@ -105,7 +98,7 @@ def noting(found: set[tuple[type, str]]) -> Any:
     return __getattribute__
 
 
-def test_every_field_is_read(place: Path, read: set[tuple[type, str]]) -> None:
+def test_every_field_is_read(recipes: None, read: set[tuple[type, str]]) -> None:
     assert main(["train", "first.yaml"]) == 0
     assert main(["train", "second.yaml"]) == 0
     with pytest.raises(InputError):  # tests have no network
@@ -117,7 +110,7 @@ def test_every_field_is_read(place: Path, read: set[tuple[type, str]]) -> None:
     assert not {f"{cls.__name__}.{name}" for cls, name in leaves - read}
 
 
-def test_every_field_of_lora_is_read(place: Path, read: set[tuple[type, str]]) -> None:
+def test_every_field_of_lora_is_read(recipes: None, read: set[tuple[type, str]]) -> None:
     assert main(["train", "first.yaml"]) == 0
     unread = set(settable(LoraConfig)) - {name for cls, name in read if cls is LoraConfig} - NOTHING_TO_CHOOSE
     assert not unread

@@ -1,0 +1,58 @@
+"""A user's folder: a tiny base, data and a recipe; and the command, run as the user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data.families import family
+from training.tiny import tiny_llama
+
+RECIPE = """
+model: {name_or_path: base}
+adapter: {method: lora, r: 4, target_modules: all-linear}
+data: {train: train.jsonl, eval: {split: 0.25}}
+training:
+  output_dir: run
+  per_device_train_batch_size: 2
+  max_steps: 4
+  eval_steps: 2
+  save_steps: 2
+  logging_steps: 1
+"""
+
+
+def peft(*arguments: str | Path, cwd: Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command; its exit code must be `code`, and it never shows a traceback."""
+    done = subprocess.run(
+        command_line(*arguments),
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+def command_line(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "peftcli", *map(str, arguments)]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """The user's folder."""
+    tokenizer = family("chatml")
+    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"prompt": f"what {number}", "completion": "fine thanks"} for number in range(16)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path
