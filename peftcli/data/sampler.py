@@ -28,11 +28,9 @@ def batches(
 ) -> list[list[int]]:
     """The batches of sample indices that `rank` sees in `epoch`; the same call gives the same answer everywhere.
 
-    The shuffled samples are cut into windows of `batch_size * world_size`, one batch for each rank. So that all ranks
-    take the same number of steps, the last, short window is shared out evenly (batches may be short, none is empty).
-    A last window with fewer samples than ranks joins the window before it and both are filled evenly. Every sample is
-    seen exactly once an epoch, unless that is impossible (`batch_size` 1, or fewer samples than ranks): then the last
-    window is filled up with repeats of its own samples.
+    The shuffled samples are cut into windows of `batch_size * world_size`, one batch for each rank, so that every sample
+    is seen exactly once an epoch and all ranks take the same number of steps. The last, short window is shared out
+    evenly; with fewer samples than ranks some get an empty batch, with which they only keep step.
 
     With `group_by_length` a window holds samples of similar length, windows come in random order and the one with the
     longest sample comes first, so that a batch that does not fit in memory fails at the first step.
@@ -49,7 +47,8 @@ def batches(
     if group_by_length:
         order = _sorted_in_chunks(order, sizes, size * WINDOWS_PER_CHUNK)
     windows = [order[start : start + size] for start in range(0, len(order), size)]
-    windows = _drop(windows, size) if drop_last else _even(windows, world_size)
+    if drop_last:
+        windows = _drop(windows, size)
     if group_by_length:
         windows = _shuffled(windows, sizes, generator)
     return [window[rank::world_size].tolist() for window in windows]
@@ -70,16 +69,6 @@ def _drop(windows: list[NDArray[np.int64]], size: int) -> list[NDArray[np.int64]
             fix="lower training.per_device_train_batch_size, or keep the short batch",
         )
     return full
-
-
-def _even(windows: list[NDArray[np.int64]], world_size: int) -> list[NDArray[np.int64]]:
-    """`windows` with at least one sample for each rank in the last one, too."""
-    if not windows or len(windows[-1]) >= world_size:
-        return windows
-    if len(windows) > 1 and len(windows[-2]) + len(windows[-1]) >= 2 * world_size:
-        *rest, before, last = windows
-        return [*rest, *np.array_split(np.concatenate([before, last]), 2)]
-    return [*windows[:-1], np.resize(windows[-1], world_size)]
 
 
 def _shuffled(

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peftcli import LoraConfig, get_peft_model
+from peftcli.adapters.registry import config_class
 from peftcli.training.losses import CausalLMLoss, linear_cross_entropy, linear_scores
 from training.tiny import VOCABULARY, random_batch, tiny_llama, tiny_model
 
@@ -156,33 +157,21 @@ def test_unknown_tail_uses_the_models_logits() -> None:
     assert_same(ours, gradients(model), 1e-5)
 
 
-class VirtualTokens(nn.Module):
-    """Prompt tuning in small: trained embeddings in front of the text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = tiny_llama().requires_grad_(False)
-        self.prompt = nn.Parameter(torch.randn(3, 16))
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.inner.get_output_embeddings()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> Any:
-        text = self.inner.get_input_embeddings()(input_ids)
-        prompt = self.prompt.expand(len(text), -1, -1)
-        mask = torch.cat([torch.ones(prompt.shape[:2], dtype=torch.long), attention_mask], 1)
-        return self.inner(inputs_embeds=torch.cat([prompt, text], 1), attention_mask=mask, **settings)
-
-
-def test_virtual_tokens_carry_no_label() -> None:
-    model, batch = VirtualTokens(), random_batch()
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])
+def test_virtual_tokens_carry_no_label(method: str) -> None:
+    config = config_class(method)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model, batch = get_peft_model(tiny_llama(), config).train(), random_batch()
     loss = CausalLMLoss(model)
     ours = loss(batch)
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 3:-1]
+    ours.backward()
+    our_gradients = gradients(model)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logits = logits[:, -batch["labels"].shape[1] : -1]
     theirs = functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    theirs.backward()
     assert loss.spares_logits
     torch.testing.assert_close(ours, theirs)
-    assert torch.autograd.grad(ours, model.prompt)[0].any()
+    assert_same(our_gradients, gradients(model), 1e-5)
 
 
 class SharedBank(nn.Module):

@@ -71,7 +71,7 @@ def main(folder: Path) -> None:
     run = trainer(folder)
     assert run.world_size == 2
     results = {
-        "accumulation": [moved(folder, samples, *shape) for samples in (8, 6) for shape in ((4, 1), (2, 2), (1, 4))],
+        "accumulation": [moved(folder, samples, *shape) for samples in (8, 6, 5) for shape in ((4, 1), (2, 2), (1, 4))],
         "resumed": resumed(folder / "resumed"),
         "poisoned": poisoned(folder, run.rank),
         "signalled": signalled(folder / "signalled", run.rank),
