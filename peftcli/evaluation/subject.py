@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcli.adapters.config import CONFIG_NAME, read_config
-from peftcli.errors import InputError
+from peftcli.adapters.config import CONFIG_NAME, TaskType, read_config
+from peftcli.errors import InputError, printable
 from peftcli.recipe.adapter_section import FULL
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import DataSection, DataSource, ModelSection, QuantizationSection, Recipe
@@ -136,13 +136,17 @@ def find_subject(path: str, base: str | None = None) -> Subject:
 
 
 def _model(adapter: Path | str, recipe: Recipe | None, base: str | None) -> ModelSection:
+    """The base as the recipe or, without one, the adapter's config names it; `base` goes before both."""
     if recipe is not None:
         return recipe.model.model_copy(update={"name_or_path": base, "revision": None}) if base else recipe.model
-    if base is not None:
-        return ModelSection(name_or_path=base)
     from peftcli.adapters.checkpoint import resolve_adapter_folder
 
     config = read_config(resolve_adapter_folder(adapter) / CONFIG_NAME)
+    if config.task_type not in (None, TaskType.CAUSAL_LM):
+        problem = f"was trained for {printable(config.task_type)}; only language models are compared"
+        raise InputError(problem, place=adapter, field="task_type", allowed=TaskType.CAUSAL_LM.value)
+    if base is not None:
+        return ModelSection(name_or_path=base)
     if not config.base_model_name_or_path:
         raise InputError("the adapter does not say which base it belongs to", place=adapter, fix="name it: --base BASE")
     return ModelSection(name_or_path=config.base_model_name_or_path, revision=config.revision)

@@ -51,6 +51,9 @@ def test_an_adapter_alone_names_its_base(run: Path) -> None:
     LoraConfig(target_modules=["q_proj"]).save_pretrained(run)
     with pytest.raises(InputError, match="--base"):
         find_subject(str(run))
+    LoraConfig(base_model_name_or_path="some/base", task_type="SEQ_CLS").save_pretrained(run)
+    with pytest.raises(InputError, match="was trained for SEQ_CLS"):
+        find_subject(str(run), base="other/base")
 
 
 def test_another_file_is_read_as_the_training_data_was(run: Path) -> None:
