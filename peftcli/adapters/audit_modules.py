@@ -9,7 +9,7 @@ from peftcli.adapters.base import Adapter, SiteShape, TensorSpec
 from peftcli.adapters.base_facts import BaseFacts
 from peftcli.adapters.config import TunerConfig
 from peftcli.adapters.findings import Findings
-from peftcli.adapters.fit import ANY, Fit, Found, agrees, fit, probes
+from peftcli.adapters.fit import ANY, Fit, Found, agrees, fit, probes, shown
 from peftcli.adapters.header import TensorFile, TensorInfo
 from peftcli.adapters.keys import PREFIX, Key, ascii_name, base_path, take_apart
 from peftcli.adapters.registry import adapter_class, adapter_class_of
@@ -102,7 +102,8 @@ def check_modules(part: Part, base: BaseFacts | None, findings: Findings, *, is_
     for path, found in part.modules.items():
         site = base_path(path)
         fused = _fused_parameter(config, site, found)
-        cause = None if fused else not_meant(config, site, base)
+        tied = cls.follows_ties and len(part.modules) > 1  # PEFT stores the tensors once more for a tied head
+        cause = None if fused or tied else not_meant(config, site, base)
         if fused:
             option = fit(adapter_class_of(config.parameter_method(fused.experts)), config, site, found, [fused])
         else:
@@ -155,7 +156,7 @@ def _check_tensors(option: Fit, path: str, found: Found, findings: Findings) -> 
 def _wrong_shape(adapter: Adapter, name: str, spec: TensorSpec, tensor: TensorInfo) -> str:
     """What is wrong with a shape, in the words of the config where it is the rank."""
     rank = getattr(adapter, "r", None)
-    text = f"is {list(tensor.shape)}, not {_shown(spec.shape)}"
+    text = f"is {list(tensor.shape)}, not {shown(spec.shape)}"
     if len(spec.shape) == len(tensor.shape):
         wrong = [(have, want) for have, want in zip(tensor.shape, spec.shape, strict=True) if want not in (ANY, have)]
         if rank is not None and all(want == rank for _, want in wrong):
@@ -163,10 +164,6 @@ def _wrong_shape(adapter: Adapter, name: str, spec: TensorSpec, tensor: TensorIn
         if tensor.shape == spec.shape[::-1]:
             return f"{text}: stored transposed"
     return text
-
-
-def _shown(shape: tuple[int, ...]) -> str:
-    return f"[{', '.join('any' if size == ANY else str(size) for size in shape)}]"
 
 
 def _check_shared(part: Part, findings: Findings) -> None:

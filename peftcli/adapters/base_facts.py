@@ -47,14 +47,11 @@ class BaseFacts:
         value = self.config.get("model_type")
         return value if isinstance(value, str) else None
 
-    def number(self, *names: str) -> int | None:
-        """The first of some whole numbers that the config (or its `text_config`) holds."""
+    @property
+    def language_config(self) -> dict[str, Any]:
+        """The part of the config that is about text, where a model also sees or hears."""
         inner = self.config.get("text_config")
-        for values in (self.config, inner if isinstance(inner, dict) else {}):
-            for name in names:
-                if type(values.get(name)) is int:
-                    return int(values[name])
-        return None
+        return inner if isinstance(inner, dict) else self.config
 
     def find(self, name: str) -> TensorInfo | None:
         """A tensor by its name in the model. Checkpoints may leave out the outermost names (`transformer.h.0` -> `h.0`)."""

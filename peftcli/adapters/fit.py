@@ -55,6 +55,11 @@ def agrees(spec: TensorSpec, tensor: TensorInfo) -> bool:
     )
 
 
+def shown(shape: tuple[int, ...]) -> str:
+    """A spec's shape in words, `[4, any]`."""
+    return f"[{', '.join('any' if size == ANY else str(size) for size in shape)}]"
+
+
 def probes(cls: type[Adapter], module: str, kernel: tuple[int, ...] = ()) -> Iterator[SiteShape]:
     """Modules to ask a method at, of every kind it knows."""
     for kind in KINDS:

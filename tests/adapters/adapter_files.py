@@ -64,9 +64,10 @@ def with_header(header: bytes, data: bytes = b"") -> bytes:
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor] | None = None, **changes: Any) -> Path:
-    """An adapter folder; `changes` are laid over `CONFIG`."""
+    """An adapter folder; `changes` are laid over `CONFIG`, or stand alone if they name another method."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | changes))
+    config = changes if "peft_type" in changes else CONFIG | changes
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "adapter_model.safetensors").write_bytes(safetensors(lora_tensors() if tensors is None else tensors))
     return folder
 

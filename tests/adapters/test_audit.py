@@ -245,6 +245,64 @@ def test_doubts(changes: dict[str, Tensor], says: str, tmp_path: Path) -> None:
     assert says in doubts(folder)
 
 
+PROMPT = {"peft_type": "PROMPT_TUNING", "task_type": "SEQ_CLS", "num_virtual_tokens": 3, "token_dim": 8}
+
+
+def test_prompts(tmp_path: Path) -> None:
+    head = {"base_model.classifier.weight": floats(2, 8)}
+    assert errors(write_adapter(tmp_path / "good", {"prompt_embeddings": floats(3, 8)} | head, **PROMPT)) == ""
+    text = errors(write_adapter(tmp_path / "short", {"prompt_embeddings": floats(2, 8)}, **PROMPT))
+    assert "prompt_embeddings: is [2, 8], not [3, 8] as num_virtual_tokens 3, token_dim 8 make it" in text
+    assert "is missing" in errors(write_adapter(tmp_path / "none", head, **PROMPT))
+    stray = {"prompt_embeddings": floats(3, 8), "base_model.model.q_proj.lora_A.weight": floats(2)}
+    assert "is no tensor of PROMPT_TUNING" in errors(write_adapter(tmp_path / "stray", stray, **PROMPT))
+
+
+def test_what_a_prompt_config_leaves_open_comes_from_the_base(tmp_path: Path) -> None:
+    config = {name: value for name, value in PROMPT.items() if name != "token_dim"}
+    adapter = write_adapter(tmp_path / "adapter", {"prompt_embeddings": floats(3, 8)}, **config)
+    assert errors(adapter) == ""
+    base = write_base(tmp_path / "base", hidden_size=16, num_attention_heads=2)
+    assert "is [3, 8], not [3, 16]" in errors(adapter, base=base)
+
+
+def test_trained_tokens_beside_lora(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")  # 10 tokens
+    rows = {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": floats(2, 16)}
+    good = write_adapter(tmp_path / "good", lora_tensors() | rows, trainable_token_indices=[1, 9])
+    assert errors(good) == errors(good, base=base) == ""
+    short = write_adapter(tmp_path / "short", lora_tensors() | rows, trainable_token_indices=[1, 2, 3])
+    assert "is [2, 16], not [3, 16]" in errors(short)
+    beyond = write_adapter(tmp_path / "beyond", lora_tensors() | rows, trainable_token_indices=[1, 10])
+    assert errors(beyond) == ""
+    assert "trainable_token_indices: token 10 is not in model.embed_tokens" in errors(beyond, base=base)
+    missing = write_adapter(tmp_path / "missing", trainable_token_indices=[1])
+    assert "asks for trainable_token_indices" in errors(missing)
+
+
+def test_fused_experts(tmp_path: Path) -> None:
+    """Two parameters of one module: the one wrapped first has `base_layer` in its name."""
+    path = "base_model.model.model.layers.0.mlp.experts."
+    tensors = {
+        f"{path}base_layer.lora_A.weight": floats(12, 16),
+        f"{path}base_layer.lora_B.weight": floats(8, 12),
+        f"{path}lora_A.weight": floats(12, 8),
+        f"{path}lora_B.weight": floats(16, 12),
+    }
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    folder = write_adapter(tmp_path, tensors, target_modules=None, target_parameters=names)
+    assert errors(folder) == ""
+    tensors[f"{path}lora_A.weight"] = floats(11, 8)
+    assert "is [11, 8], not [8, 8]" in errors(write_adapter(tmp_path, tensors, target_parameters=names))
+
+
+def test_an_adapter_of_copies_alone(tmp_path: Path) -> None:
+    head = {"base_model.model.lm_head.weight": floats(10, 16)}
+    assert "asks for LORA" in errors(write_adapter(tmp_path, head, modules_to_save=["lm_head"]))
+    dummy = {"target_modules": ["dummy-target-modules"], "modules_to_save": ["lm_head"]}
+    assert errors(write_adapter(tmp_path, head, **dummy)) == ""
+
+
 def test_thousands_of_strays_are_one_error(tmp_path: Path) -> None:
     strays = {f"base_model.model.x{i}.weight": filled(1, 1) for i in range(3000)}
     assert "(and 2999 more)" in errors(write_adapter(tmp_path, lora_tensors() | strays))
