@@ -18,6 +18,17 @@ from peftcli.recipe.section import Section
 FULL = "full"
 """The method that adapts nothing and trains every weight: the baseline."""
 
+VARIANTS = {
+    "qlora": "method: lora, with a section `quantization: {load_in_4bit: true}`",
+    "dora": "method: lora, with use_dora: true",
+    "rslora": "method: lora, with use_rslora: true",
+    "lora+": "method: lora, with training.loraplus_lr_ratio: 16",
+    "loraplus": "method: lora, with training.loraplus_lr_ratio: 16",
+    **{name: f"method: lora, with init_lora_weights: {name}" for name in ("pissa", "olora", "loftq", "eva", "corda")},
+    **dict.fromkeys(("none", "full_finetuning", "sft", "freeze"), f"method: {FULL}"),
+}
+"""Names for a method with one of its fields set."""
+
 ELSEWHERE = {
     "peft_type": "it follows from adapter.method",
     "task_type": "set model.task_type",
@@ -54,7 +65,7 @@ class AdapterSection(Section):
                 f"{printable(repr(method), 80)} is not a method",
                 field="method",
                 allowed=", ".join(allowed),
-                fix=str(nearest(method, allowed)) or None,
+                fix=VARIANTS.get(method) or str(nearest(method, allowed)) or None,
             )
             raise _refused(VALUE, [problem])
         config = _config(None if method == FULL else config_class(method.upper()), given)
@@ -110,7 +121,7 @@ def _check_targets(config: PeftConfig) -> None:
 def _unknown(name: str, known: list[str], cls: type[PeftConfig] | None) -> InputError:
     if name in ELSEWHERE:
         return InputError("is not set here", field=name, fix=ELSEWHERE[name])
-    owner = f"{cls.__name__} has no such field" if cls else "`full` trains every weight and has no fields"
+    owner = f"{cls.peft_type.lower()} has no such field" if cls else "`full` trains every weight and has no fields"
     return InputError(owner, field=name, fix=str(nearest(name, known)) or None)
 
 
@@ -123,12 +134,26 @@ def _refused(kind: Literal["adapter_field_name", "adapter_field_value"], problem
     """The problems as pydantic's own error, so that they join those of the other sections."""
     details = [
         InitErrorDetails(
-            type=PydanticCustomError(
-                kind, "{problem}", {"problem": item.problem, "allowed": item.allowed, "fix": item.fix}
-            ),
-            loc=(item.field,) if item.field else (),
+            type=PydanticCustomError(kind, "{problem}", _in_parts(item)),
+            loc=_steps(item.field, kind),
             input=None,
         )
         for item in problems
     ]
     return ValidationError.from_exception_data("adapter", details)
+
+
+def _steps(field: str | None, kind: str) -> tuple[str, ...]:
+    """A value may lie inside another (`loftq_config.loftq_bits`); a name that is not known is taken whole."""
+    if not field:
+        return ()
+    return tuple(field.split(".")) if kind == VALUE else (field,)
+
+
+def _in_parts(item: InputError) -> dict[str, str | None]:
+    """Problem, what is allowed, and advice. A config says what is allowed behind the problem, in pydantic's words."""
+    problem, refused, reasons = item.problem.partition(" is not accepted: ")
+    if not refused:
+        return {"problem": item.problem, "allowed": item.allowed, "fix": item.fix}
+    allowed = reasons.replace("Input should be ", "").replace("; or ", ", or ")
+    return {"problem": f"{problem} is not accepted", "allowed": item.allowed or allowed, "fix": item.fix}

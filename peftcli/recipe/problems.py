@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peftcli.errors import InputError, nearest, printable
-from peftcli.recipe.adapter_section import NAME
+from peftcli.recipe.adapter_section import NAME, VALUE
 from peftcli.recipe.hints import hint
 from peftcli.recipe.nodes import Location, Node, dotted
 from peftcli.recipe.redact import redact
@@ -26,7 +26,7 @@ _ALLOWED = {
     "model_attributes_type": "a map of fields",
     "dict_type": "a map",
     "list_type": "a list",
-    "tuple_type": "a list",
+    "tuple_type": "a string or a list",
     "string_too_short": "a string that is not empty",
     "greater_than": "more than {gt}",
     "greater_than_equal": "{ge} or more",
@@ -40,7 +40,9 @@ def located(errors: Sequence[Any], root: Node) -> list[InputError]:
     """One problem for each field that pydantic complains about, in the order of the schema."""
     by_field: dict[Location, list[Any]] = {}
     for error in errors:
-        by_field.setdefault(_written(error["loc"], root, missing=error["type"] == "missing"), []).append(error)
+        by_field.setdefault(_written(error["loc"], root, missing=error["type"] in ("missing", NAME, VALUE)), []).append(
+            error
+        )
     found = [_problem(location, group, root) for location, group in list(by_field.items())[:MAX_PROBLEMS]]
     if len(by_field) > MAX_PROBLEMS:
         found.append(InputError(f"and {len(by_field) - MAX_PROBLEMS} more problems", place=root.origin.name))

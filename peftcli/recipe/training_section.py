@@ -42,7 +42,7 @@ class TrainingSection(Section):
 
     num_train_epochs: Positive = 3.0
     """Passes over the training data; a fraction is allowed."""
-    max_steps: Annotated[int, Field(ge=-1, le=1 << 40)] = -1
+    max_steps: Count | Literal[-1] = -1
     """Optimizer steps; overrides num_train_epochs. -1: as many as the epochs need."""
     per_device_train_batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = 8
     """Samples per process in one forward pass."""

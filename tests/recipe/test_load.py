@@ -61,6 +61,12 @@ BAD = {
     "negative rank": (("r: 4", "r: -4"), "recipe.yaml:5:6: adapter.r: -4", "1"),
     "nan": (("r: 4", "lora_alpha: .nan"), "recipe.yaml:5:15: adapter.lora_alpha: nan"),
     "method": (("method: lora", "method: lara"), "recipe.yaml:4:11: adapter.method: 'lara'", "lora", "did you mean"),
+    "variant": (("method: lora", "method: dora"), "recipe.yaml:4:11: adapter.method: 'dora'", "use_dora: true"),
+    "field inside a field": (
+        ("r: 4", "loftq_config: {loftq_bits: 9}"),
+        "recipe.yaml:5:30: adapter.loftq_config.loftq_bits: 9 is not accepted",
+        "2, 4 or 8",
+    ),
     "method as number": (("method: lora", "method: 7"), "recipe.yaml:4:11: adapter.method: 7"),
     "no method": (("method: lora\n  r: 4", "r: 4"), "recipe.yaml:4:3: adapter.method: is missing"),
     "field of full": (("method: lora", "method: full"), "recipe.yaml:5:3: adapter.r: ", "`full` trains every weight"),
