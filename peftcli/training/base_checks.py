@@ -50,6 +50,12 @@ def check_base(folder: Path, *, trust_remote_code: bool = False) -> BaseFacts:
     return facts
 
 
+def whole_number(facts: BaseFacts, *names: str) -> int | None:
+    """The first of some settings that the config of the language model holds as a whole number."""
+    values = facts.language_config
+    return next((values[name] for name in names if type(values.get(name)) is int), None)
+
+
 def needs_remote_code(facts: BaseFacts) -> InputError:
     """The refusal of a model that only Python code of its own can build."""
     return _needs_remote_code(facts.folder / CONFIG, "model")
@@ -99,11 +105,11 @@ def _weight_problems(facts: BaseFacts) -> Iterator[InputError]:
         )
         return
     place = facts.folder / CONFIG
-    layers = facts.number("num_hidden_layers", "n_layer", "num_layers")
+    layers = whole_number(facts, "num_hidden_layers", "n_layer", "num_layers")
     if layers is not None and layers > len(facts.tensors):
         problem = f"is {layers:,}, but the weights are only {len(facts.tensors):,} tensors"
         yield InputError(problem, place=place, field="num_hidden_layers")
-    vocabulary, width = facts.number("vocab_size"), facts.number("hidden_size", "n_embd", "d_model")
+    vocabulary, width = whole_number(facts, "vocab_size"), whole_number(facts, "hidden_size", "n_embd", "d_model")
     stored = sum(tensor.nbytes for tensor in facts.tensors.values())
     # No format stores an element in less than 4 bits.
     if vocabulary and width and vocabulary * width > 2 * stored:

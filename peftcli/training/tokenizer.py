@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftcli.adapters.base_facts import BaseFacts
 from peftcli.errors import InputError, printable
+from peftcli.training.base_checks import whole_number
 from peftcli.training.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def read_tokenizer(facts: BaseFacts, *, trust_remote_code: bool = False) -> PreT
             raise InputError(
                 f"the tokenizer can't be read: {printable(error)}", place=_vocabulary(facts.folder)
             ) from error
-    vocab_size = facts.number("vocab_size")
+    vocab_size = whole_number(facts, "vocab_size")
     if vocab_size is not None:
         _check_ids(tokenizer, vocab_size, facts.folder)
     _check_template(tokenizer, facts.folder)
