@@ -14,7 +14,7 @@ import torch  # noqa: TID253
 from torch import nn  # noqa: TID253
 
 from peftcli.adapters.base import Adapter, CopyAdapter, CopyNames, fill
-from peftcli.adapters.config import PeftConfig, TunerConfig, as_set, as_tuner_config
+from peftcli.adapters.config import INPUT_EMBEDDINGS, PeftConfig, TunerConfig, as_set, as_tuner_config
 from peftcli.adapters.copies import MODULES_TO_SAVE, CopyLayer, TrainedBiases, trained_bias_owners
 from peftcli.adapters.engine import STATE, Attached, attached_to, base_modules, embeddings
 from peftcli.adapters.layer import AdapterLayer, Buffers, layer_for
@@ -23,6 +23,7 @@ from peftcli.adapters.registry import adapter_class, adapter_class_of
 from peftcli.adapters.sites import LinearSite, ParameterSite, Site, TransposedSite, site_for
 from peftcli.adapters.surgery import replicate_layers
 from peftcli.adapters.targets import default_targets, matches, select, unmatched_targets
+from peftcli.adapters.ties import followers
 from peftcli.errors import InputError
 
 
@@ -53,6 +54,7 @@ def attach(
     undo = _replicate(attached, config)
     try:
         sites = plan_sites(model, config)
+        tied = followers(dict(base_modules(model)), sites)
         copies = plan_copies(model, config, sites)
     except InputError:
         undo()
@@ -67,6 +69,8 @@ def attach(
     _share(attached, name, sites, options)
     for site, adapter in sites:
         _attach_site(attached, name, site, adapter, options)
+    for site, adapter, leader in tied:
+        _layer_at(attached, site).follow(name, adapter, _layer_at(attached, leader))
     for path, names in copies.items():
         attach_copy(attached, name, path, names, options)
     mode = getattr(config, "bias", "none")
@@ -125,6 +129,12 @@ def plan_sites(model: nn.Module, config: TunerConfig) -> list[tuple[Site, Adapte
             out = LinearSite(base[f"{path}.out_proj"], f"{path}.out_proj")
             planned.append((out, method(config, out.shape, out.weight)))
     planned += _parameter_sites(config, base)
+    for companion in config.companions():
+        companion.validate()
+        planned += plan_sites(model, companion)
+    names = [site.name for site, _ in planned if site.kind != "parameter"]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError("is adapted twice by one adapter", place=twice[0], field="target_modules")
     for _, adapter in planned:
         adapter.tensors()  # refuses settings that do not fit its module
     return planned
@@ -196,7 +206,8 @@ def _fill_defaults(model: nn.Module, config: TunerConfig) -> None:
     for name, table in config.default_tables.items():
         if getattr(config, name) is not None:
             continue
-        usual = default_targets(config.peft_type, model_type, table=table)
+        by_table = default_targets(config.peft_type, model_type, table=table)
+        usual = _input_embeddings(model) if table == INPUT_EMBEDDINGS else by_table
         if usual is None:
             raise InputError(
                 f"Please specify `{name}` in `peft_config`",
@@ -206,6 +217,12 @@ def _fill_defaults(model: nn.Module, config: TunerConfig) -> None:
                 else f"there is no usual choice for model type {model_type!r}; [] means none",
             )
         setattr(config, name, as_set(usual))
+
+
+def _input_embeddings(model: nn.Module) -> list[str] | None:
+    module = embeddings(model)[0]
+    bare = getattr(module, "base_layer", module)
+    return [path for path, candidate in base_modules(model) if candidate is bare][:1] or None
 
 
 def _settle_fan_in_fan_out(config: TunerConfig, site: Site) -> None:

@@ -130,6 +130,9 @@ class Adapter:
 
     mergeable: ClassVar[bool] = True
 
+    follows_ties: ClassVar[bool] = False
+    """Whether modules that share the adapted module's weight (tied embeddings) are adapted by the same tensors."""
+
     obsolete: ClassVar[frozenset[str]] = frozenset()
     """Last parts of keys that older files hold and nothing needs."""
 
@@ -171,6 +174,10 @@ class Adapter:
         """The tensors as one training pass sees them, where a method drops parts of itself at random."""
         return p
 
+    def file_tensors(self) -> dict[str, TensorSpec]:
+        """The tensors a file holds under the module's name, by the key's last part. Needs no torch."""
+        return {key: spec for key, spec in self.tensors().items() if spec.saved and not spec.shared}
+
     def stored(self, p: Tensors) -> dict[str, Tensor]:
         """The tensors as the file holds them, by the key's last part."""
         return {key: p[key] for key in Adapter.file_tensors(self)}
@@ -178,15 +185,27 @@ class Adapter:
     def restored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `stored`, for a method whose `file_tensors` are not its own."""
         return tensors
-    def file_tensors(self) -> dict[str, TensorSpec]:
-        """The tensors a file holds under the module's name, by the key's last part. Needs no torch."""
-        return {key: spec for key, spec in self.tensors().items() if spec.saved and not spec.shared}
-
 
     @classmethod
     def make_shared(cls, adapters: list[Adapter], config: Any) -> dict[str, Tensor]:
         """Initial values of the tensors kept once a model, from all sites at once; others are filled by their spec."""
         return {}
+
+    # -- while training -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def regularization(cls, sites: list[tuple[Adapter, Tensors]], config: Any) -> Tensor | None:
+        """A term () for the loss, from one adapter's tensors at all its sites."""
+        return None
+
+    @classmethod
+    def after_step(cls, sites: list[tuple[Adapter, Tensors]], config: Any, step: int) -> None:
+        """What follows optimizer step `step` (counted from 1), gradients still there (AdaLoRA takes ranks away)."""
+
+    @classmethod
+    def stored_config(cls, sites: list[tuple[Adapter, Tensors]], config: Any) -> Any:
+        """The config that belongs to what `stored` gives, where training changed it."""
+        return config.stored()
 
     # -- derived --------------------------------------------------------------------------------------------------
 

@@ -16,9 +16,10 @@ import torch  # noqa: TID253
 from torch import Tensor  # noqa: TID253
 
 from peftcli.adapters.base import Adapter
-from peftcli.adapters.config import CONFIG_NAME, read_strict_json
+from peftcli.adapters.config import CONFIG_NAME, PeftConfig, read_strict_json
 from peftcli.adapters.engine import Attached, embeddings
 from peftcli.adapters.layer import Buffers
+from peftcli.adapters.registry import adapter_class
 from peftcli.errors import InputError, InputErrors, printable
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -84,7 +85,7 @@ def stored_tensors(attached: Attached, name: str) -> dict[str, Tensor]:
     """Every stored tensor of one adapter, in the form its file has, by key."""
     stored = owned_tensors(attached, name)
     for path, layer in attached.layers():
-        if name in layer.adapters:
+        if name in layer.adapters and layer.leader(name) is None:
             for slot, _ in layer.own_tensors(name):
                 stored.pop(f"{attached.key_prefix}{path}.{slot.key}", None)
             form = layer.adapters[name].stored(layer.tensors(name))
@@ -143,7 +144,7 @@ def load_state(
     owned = owned_tensors(attached, name)
     banks = {f"base_model.{key}": bank for key, bank in attached.shared.items() if name in bank}
     targets = embedding_tensors(attached) | {key: bank[name] for key, bank in banks.items()} | owned
-    tensors = _restored(attached, name, tensors)
+    tensors = _restored(attached, name, _without_tied(attached, name, tensors, place))
     given = {key: tensor for key, tensor in tensors.items() if not _obsolete(attached, name, key)}
     problems = [_missing(key, given, place) for key in owned if key not in given]
     for key, tensor in given.items():
@@ -169,6 +170,19 @@ def load_state(
                 bank[name] = tensor.to(bank[name])  # replaced: another adapter may share the old tensor
             else:
                 targets[key].copy_(tensor)
+
+
+def _without_tied(attached: Attached, name: str, tensors: Mapping[str, Tensor], place: str | Path) -> dict[str, Tensor]:
+    """A file's tensors without the second copies PEFT writes for a module that is tied to another."""
+    kept = dict(tensors)
+    paths = {layer: path for path, layer in attached.layers()}
+    for layer, path in paths.items():
+        leader = layer.leader(name)
+        for slot, _ in leader.own_tensors(name) if leader else ():
+            key, other = (f"{attached.key_prefix}{where}.{slot.key}" for where in (path, paths[leader or layer]))
+            if key in kept and other in kept and not torch.equal(kept.pop(key), kept[other]):
+                raise InputError(f"differs from {other}, to which the model ties it", place=place, field=key)
+    return kept
 
 
 def _restored(attached: Attached, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -319,7 +333,17 @@ def save_adapter(
         raise InputErrors(InputError("holds NaN or infinity: not saved", place=folder, field=key) for key in broken)
     plain = {key: tensor.cpu().contiguous().clone() for key, tensor in state.items()}
     write_atomically(folder / WEIGHTS_NAME, save(plain, metadata={"format": "pt"}))
-    write_atomically(folder / CONFIG_NAME, attached.configs[name].stored().to_json().encode())
+    write_atomically(folder / CONFIG_NAME, stored_config(attached, name).to_json().encode())
+
+
+def stored_config(attached: Attached, name: str) -> PeftConfig:
+    """The config that belongs to the tensors a file of the adapter holds."""
+    config = attached.configs[name]
+    if config.is_prompt_learning:
+        return config.stored()
+    method = adapter_class(config)
+    sites = [(adapter, p) for adapter, p in attached.sites(name) if isinstance(adapter, method)]
+    return method.stored_config(sites, config) if sites else config.stored()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

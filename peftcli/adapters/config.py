@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 CONFIG_NAME = "adapter_config.json"
 MAX_NAME = 4096  # of a base model; the longest path Linux takes
 
+INPUT_EMBEDDINGS = "input embeddings"
+
 Config = TypeVar("Config", bound="PeftConfig")
 Nested = TypeVar("Nested")
 
@@ -157,6 +159,9 @@ class PeftConfig:
         """The config that belongs to the tensors `Adapter.stored` gives."""
         return self
 
+    def begin_training(self, total_steps: int) -> None:
+        """Learn how many optimizer steps there will be; the training loop says so."""
+
     def check_beside(self, others: list[PeftConfig]) -> None:
         """Refuse to stand in one model with these. Methods whose adapters share something extend it."""
 
@@ -179,7 +184,8 @@ class TunerConfig(PeftConfig):
     """
 
     default_tables: ClassVar[dict[str, str]] = {"target_modules": "targets"}
-    """Fields that are filled in from the model's type when they are None, and their table in target_defaults.yaml."""
+    """Fields that are filled in from the model when they are None: the table of target_defaults.yaml they come from, or
+    `INPUT_EMBEDDINGS` for the module itself."""
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = later(None, since="0.14")
@@ -204,6 +210,10 @@ class TunerConfig(PeftConfig):
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified.",
                 field="layers_pattern",
             )
+
+    def companions(self) -> list[TunerConfig]:
+        """What else the adapter does, under its name but at modules of their own (LoRA: trainable tokens)."""
+        return []
 
     def parameter_method(self, experts: int) -> Method:
         """The adapter class for a bare parameter, where the config can target some; `experts` matrices are fused in it."""

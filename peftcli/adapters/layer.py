@@ -80,6 +80,7 @@ class AdapterLayer(nn.Module):
         self.adapters: dict[str, Adapter] = {}
         self._shared: dict[str, list[str]] = {}
         self._slots: dict[str, list[Slot]] = {}
+        self._leaders: dict[str, AdapterLayer] = {}
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
@@ -123,6 +124,13 @@ class AdapterLayer(nn.Module):
                 if new_weight is not None:
                     self.site.stored.copy_(self.site.to_stored(new_weight))
 
+    def follow(self, name: str, adapter: Adapter, leader: AdapterLayer) -> None:
+        """Give the layer an adapter whose tensors are those of another layer: the two share their weight."""
+        heads = {slot.head: leader._modules[slot.head] for slot, _ in leader.own_tensors(name)}
+        self.adapters[name], self._slots[name], self._leaders[name] = adapter, [], leader
+        self._shared[name] = list(heads)
+        self._modules.update(heads)
+
     def _place(self, name: str, slot: Slot, tensor: Tensor) -> None:
         """Register a tensor under PEFT's live name: `lora_A.<name>.weight` for `lora_A.weight`, else `ia3_l.<name>`."""
         if slot.head not in self._modules:
@@ -142,6 +150,10 @@ class AdapterLayer(nn.Module):
         else:
             container.register_buffer(leaf, value)
 
+    def leader(self, name: str) -> AdapterLayer | None:
+        """The layer whose tensors an adapter uses here, or None where it has its own."""
+        return self._leaders.get(name)
+
     def own_tensors(self, name: str) -> Iterator[tuple[Slot, Tensor]]:
         """One adapter's tensors with their places, without the shared ones."""
         for slot in self._slots[name]:
@@ -150,6 +162,9 @@ class AdapterLayer(nn.Module):
 
     def tensors(self, name: str) -> Tensors:
         """One adapter's tensors as its equation wants them."""
+        leader = self.leader(name)
+        if leader is not None:
+            return leader.tensors(name)
         held: Any = self._modules
         shared = {key: held[key][name] for key in self._shared[name]}
         return Tensors({slot.key: tensor for slot, tensor in self.own_tensors(name)} | shared)
@@ -177,6 +192,7 @@ class AdapterLayer(nn.Module):
             if not any(key in keys for keys in self._shared.values()):
                 del self._modules[key]
         del self.adapters[name], self._slots[name]
+        self._leaders.pop(name, None)
         if name in self.active_adapters:
             self.active_adapters.remove(name)
 
@@ -197,11 +213,11 @@ class AdapterLayer(nn.Module):
     def _forward(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
         if not names:
             return self.base_layer(*args, **kwargs)
-        if self.site.elementwise_io or all(self._adds(name) for name in names):
+        if self.site.elementwise_io or all(self._acts_outside(name) for name in names):
             if all(self._folds(name) for name in names):
                 return self.site.run_rebuilt(lambda: self.effective(names, dropping=self.training), *args, **kwargs)
             return self._compose(names, *args, **kwargs)
-        return self.site.run(*self.effective(names), *args, **kwargs)
+        return self.site.run(*self.effective(names, dropping=self.training), *args, **kwargs)
 
     def _adds(self, name: str) -> bool:
         """Whether the adapter's part is added to the module's output (so the module itself need not be re-run)."""
@@ -316,10 +332,16 @@ class AdapterLayer(nn.Module):
                 raise InputError(problem, place=self.site.name)
         names = self.merged_adapters + wanted
         self.unmerge()  # what is merged already is merged again with the rest, from the original weight
+        if not self._share_merged(names):
+            self._replace_weight(names, safe_merge)
+        self.merged_adapters = names
+
+    def _replace_weight(self, names: list[str], safe_merge: bool) -> None:
         weight, bias = self.effective(names)
         if safe_merge and not torch.isfinite(weight).all():
             raise InputError(
-                f"NaNs detected in the merged weights. The adapter {wanted[0]} seems to be broken", place=self.site.name
+                f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken",
+                place=self.site.name,
             )
         replacement = self.site.merged_module(weight, bias)
         if replacement is not None:
@@ -329,13 +351,23 @@ class AdapterLayer(nn.Module):
             self._swap(self.site.parameter, self.site.to_stored(weight).contiguous())
             if bias is not None and bias is not self.site.bias:
                 self._swap(self.site.bias_parameter, bias)
-        self.merged_adapters = names
+
+    def _share_merged(self, names: list[str]) -> bool:
+        """Take the merged weight of the layer this one follows, so that tied modules stay tied; False if they differ."""
+        leader = self.leader(names[0])
+        if leader is None or any(self.leader(name) is not leader for name in names):
+            return False
+        leader.merge(names)
+        if leader.merged_adapters != names:
+            return False
+        self._swap(self.site.parameter, leader.site.stored)
+        return True
 
     def _swap(self, parameter: str, value: Tensor) -> None:
         held = self.site.module._parameters
         if value is not held.get(parameter):
             self._originals.setdefault(parameter, held[parameter])
-            held[parameter] = nn.Parameter(value, requires_grad=False)
+            held[parameter] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
 
     def unmerge(self) -> None:
         """Put the original parameters back: bit-exact, whatever was merged."""

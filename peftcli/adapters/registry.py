@@ -33,6 +33,7 @@ METHODS: dict[str, Method] = {
     "HRA": Method("hra", "HRAConfig", "Hra"),
     "LN_TUNING": Method("ln_tuning", "LNTuningConfig", "LnTuning"),
     "ROAD": Method("road", "RoadConfig", "Road"),
+    "TRAINABLE_TOKENS": Method("trainable_tokens", "TrainableTokensConfig", "TrainableTokens"),
     "PROMPT_TUNING": Method("prompt_tuning", "PromptTuningConfig", "PromptTuning"),
     "MULTITASK_PROMPT_TUNING": Method(
         "multitask_prompt_tuning", "MultitaskPromptTuningConfig", "MultitaskPromptTuning"
@@ -42,13 +43,14 @@ METHODS: dict[str, Method] = {
     "LOHA": Method("loha", "LoHaConfig", "LoHa"),
     "LOKR": Method("lokr", "LoKrConfig", "LoKr"),
     "VERA": Method("vera", "VeraConfig", "Vera"),
+    "ADALORA": Method("adalora", "AdaLoraConfig", "AdaLora"),
+    "VBLORA": Method("vblora", "VBLoRAConfig", "VBLoRA"),
     "FOURIERFT": Method("fourierft", "FourierFTConfig", "FourierFT"),
 }
 
 
 PeftType = Enum("PeftType", {name: name for name in METHODS}, type=str)  # type: ignore[misc]  # one source of names
 """PEFT's enumeration of method names."""
-    "VBLORA": Method("vblora", "VBLoRAConfig", "VBLoRA"),
 
 
 def method_names() -> list[str]:

@@ -27,6 +27,7 @@ class Row:
         sites: names of sites to leave out, where this setting does not fit their shape.
         tolerance: of merged against adapted outputs.
         no_gradient: tensors that get none at the random point the tests use, and why that is right.
+        second: config fields of another adapter beside the first.
     """
 
     method: str
@@ -35,9 +36,10 @@ class Row:
     without: tuple[str, ...] = ()
     tolerance: float = 1e-5
     no_gradient: tuple[str, ...] = ()
+    second: dict[str, Any] = field(default_factory=dict)
 
-    def config(self) -> peftcli.PeftConfig:
-        return config_class(self.method)(target_modules=["site"], **copy.deepcopy(self.options))
+    def config(self, **options: Any) -> peftcli.PeftConfig:
+        return config_class(self.method)(target_modules=["site"], **copy.deepcopy(self.options), **options)
 
     def __str__(self) -> str:
         told = ",".join(f"{key}={value}" for key, value in self.options.items() if not isinstance(value, dict))
@@ -65,6 +67,7 @@ ROWS = [
     Row("HRA", {"r": 4}),
     Row("HRA", {"r": 2, "apply_GS": True}, identity=False),
     Row("LN_TUNING"),
+    Row("TRAINABLE_TOKENS", {"token_indices": [13, 3, 6]}),
     Row("ROAD", {"group_size": 4}),
     Row(
         "ROAD",
@@ -85,8 +88,9 @@ ROWS = [
     Row("VERA", {"r": 8, "save_projection": False, "projection_prng_key": 3}),
     Row("FOURIERFT", {"n_frequency": 50, "init_weights": True}),
     Row("FOURIERFT", {"n_frequency": 60, "scaling": 15, "n_frequency_pattern": {"s.te": 1}}, identity=False),
-]
     Row("VBLORA", {"r": 2, "num_vectors": 8, "vector_length": 2, "topk": 3}, identity=False),
+    Row("ADALORA", {"init_r": 4, "target_r": 2, "total_step": 10}, second={"inference_mode": True}),
+]
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
 
@@ -223,7 +227,7 @@ def test_rows_of_two_adapters_in_one_batch(row: Row, site: SiteCase) -> None:
     if site.name in ("attention", "block") or row.options.get("bias", "none") != "none":
         pytest.skip("refused by name: see test_engine")
     model, x, base = adapted(row, site)
-    model.add_adapter("other", row.config())
+    model.add_adapter("other", row.config(**row.second))
     model.set_adapter("other")
     randomize(model, seed=2)
     model.eval()
@@ -242,7 +246,7 @@ def test_two_active_adapters_compose(row: Row, site: SiteCase) -> None:
     if row.options.get("bias", "none") != "none":
         pytest.skip("one adapter with biases at a time")
     model, x, _ = adapted(row, site)
-    model.add_adapter("other", row.config())
+    model.add_adapter("other", row.config(**row.second))
     model.set_adapter("other")
     randomize(model, seed=2)
     if site.kind == "module":

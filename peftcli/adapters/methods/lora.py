@@ -16,6 +16,7 @@ from peftcli.adapters.initializers import start_factors, takes_start_from_base
 from peftcli.adapters.initializers.corda import CordaConfig
 from peftcli.adapters.initializers.eva import EvaConfig
 from peftcli.adapters.initializers.lora_ga import LoraGAConfig
+from peftcli.adapters.methods.trainable_tokens import TokenIndex, tokens_beside
 from peftcli.adapters.registry import Method
 from peftcli.adapters.targets import pattern_value
 from peftcli.errors import InputError
@@ -65,6 +66,7 @@ class LoraConfig(TunerConfig):
             or a start taken from the base (`pissa`, `pissa_niter_<n>`, `olora`, `loftq`) or from data (`eva`, `corda`,
             `lora_ga`): see `initializers`.
         loftq_config, eva_config, corda_config, lora_ga_config: settings of those.
+        trainable_token_indices: rows of the input embedding (or of each module named) to train as well.
         target_parameters: weights adapted although no linear layer holds them (fused experts), by their name's ending.
         layer_replication: (start, end) ranges of the base's layers a deeper model is built of (see `surgery`).
         rank_pattern, alpha_pattern: r or alpha by module name or regular expression, where they differ.
@@ -90,6 +92,7 @@ class LoraConfig(TunerConfig):
     use_dora: bool = False
     layer_replication: Annotated[list[Range], Len(1, 1024)] | None = None
     lora_bias: bool = later(False, since="0.14")
+    trainable_token_indices: list[TokenIndex] | dict[str, list[TokenIndex]] | None = later(None, since="0.15")
     target_parameters: list[str] | None = later(None, since="0.17")
     eva_config: EvaConfig | dict[str, Any] | None = later(None, since="0.14")
     corda_config: CordaConfig | dict[str, Any] | None = later(None, since="0.15")
@@ -99,6 +102,9 @@ class LoraConfig(TunerConfig):
 
     def adapter_variant(self) -> Method | None:
         return Method("dora", "LoraConfig", "Dora") if self.use_dora else None
+
+    def companions(self) -> list[TunerConfig]:
+        return list(tokens_beside(self.trainable_token_indices)) if self.trainable_token_indices else []
 
     def parameter_method(self, experts: int) -> Method:
         return (
