@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch  # noqa: TID253
 from accelerate import Accelerator  # noqa: TID253
@@ -39,12 +40,13 @@ from peftcli.training.callbacks import (
     read_log,
     require_trackers,
 )
-from peftcli.training.card import model_card
+from peftcli.training.card import base_name, model_card
 from peftcli.training.loop import Outcome, Trainer
 from peftcli.training.model import load_base
 from peftcli.training.progress import ProgressBar, peak_memory
 from peftcli.training.publish import Export, RunResult, exporter, probe_ids, probe_logits, reload_difference
 from peftcli.training.signals import Interrupted, StopSignals
+from peftcli.training.starts import start_from_data
 
 RECIPE_NAME = "recipe.yaml"
 PLOT_NAME = "loss.png"
@@ -96,7 +98,7 @@ class _Worker:
     def run(self, resume: str | None, signals: StopSignals) -> RunResult | None:
         checkpoint = self._checkpoint(resume)
         set_seed(self.recipe.training.seed)
-        model = build_model(self.recipe, self.accelerator.device)
+        model = self._model()
         export = exporter(self.recipe, model)
         outcome = self._trainer(model, export, signals).train(checkpoint)
         if not self.is_main:
@@ -110,6 +112,18 @@ class _Worker:
             self.accelerator.free_memory()
             difference = reload_difference(self.recipe, written, ids, expected)
             return self._finish(outcome, written, difference)
+
+    def _model(self) -> nn.Module:
+        """The base with a fresh adapter, or with every weight trainable for the method `full`."""
+        recipe, device = self.recipe, self.accelerator.device
+        base = load_base(recipe.model, recipe.quantization, device=device)
+        if recipe.adapter.config is None:
+            return base.requires_grad_()
+        config = copy.deepcopy(recipe.adapter.config)
+        config.task_type = TaskType(recipe.model.task_type)
+        pad = self.report["pad_token_id"]
+        config = start_from_data(base, config, self.train_data, recipe.training, pad, device)
+        return get_peft_model(base, config, revision=recipe.model.revision)
 
     def _finish(self, outcome: Outcome, written: Path, difference: float) -> RunResult:
         """Put what was verified in its place, with card, plot and result."""
@@ -164,6 +178,7 @@ class _Worker:
             export=export if self.recipe.adapter.config is not None else None,
             received_signal=lambda: signals.received,
             manifest={"recipe": checkpoints.sha256(self.folder / RECIPE_NAME), "versions": versions()},
+            identity=identity(self.recipe),
         )
 
     def _callbacks(self) -> list[Callback]:
@@ -182,14 +197,13 @@ class _Worker:
             self.console.print(printable(redact(text), 1000), markup=False, highlight=False)
 
 
-def build_model(recipe: Recipe, device: torch.device) -> nn.Module:
-    """The base with a fresh adapter, or with every weight trainable for the method `full`."""
-    base = load_base(recipe.model, recipe.quantization, device=device)
-    if recipe.adapter.config is None:
-        return base.requires_grad_()
-    config = copy.deepcopy(recipe.adapter.config)
-    config.task_type = TaskType(recipe.model.task_type)
-    return get_peft_model(base, config, revision=recipe.model.revision)
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """What of model and adapter has to stay as it was when a run is resumed. A base folder may have moved."""
+    values = recipe.model_dump(mode="json")
+    model = {**values["model"], "name_or_path": base_name(recipe)}
+    fields = {"model": model, "adapter": values["adapter"]}
+    found = {f"{section}.{name}": value for section, items in fields.items() for name, value in items.items()}
+    return {**found, "quantization": values["quantization"]}
 
 
 def versions() -> dict[str, str]:
