@@ -65,6 +65,7 @@ class PromptEncoder(nn.Module):
         """The tensors a file's keys stand for; none where the file holds less than the encoder."""
         return self.method.live(self) if self.method.is_plain else {}
 
+    @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
         """What the file holds, by key."""
         return self.method.stored(self)
@@ -104,7 +105,7 @@ def attach_prompt(model: nn.Module, config: PromptLearningConfig, name: str, *, 
     check_new(attached, config, name)
     words = _word_embeddings(model, config)
     method = prompt_class(config)(config)
-    hooks = _hooks(attached, method)
+    hooks = _hooks(attached, method)  # refuses a model the prompt can't get into
     copies = plan_copies(model, config, [])
     encoder = PromptEncoder(method, words.weight.device)
     if initialize and not words.weight.is_meta:
@@ -114,7 +115,10 @@ def attach_prompt(model: nn.Module, config: PromptLearningConfig, name: str, *, 
     if first:
         model.requires_grad_(False)
         model.__dict__[STATE] = attached
-        attached.hooks += [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
+        for module, hook in hooks:
+            attached.hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            if isinstance(hook, CacheHook):
+                attached.hooks.append(module.register_forward_hook(hook.after, with_kwargs=True))
     attached.configs[name] = config
     attached.prompts[name] = encoder
     for path, names in copies.items():

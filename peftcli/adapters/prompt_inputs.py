@@ -161,7 +161,10 @@ class EncoderDecoderHook(Hook):
 
 
 class CacheHook(Hook):
-    """Keys and values in front of every layer's own: a cache that already holds them."""
+    """Keys and values in front of every layer's own: a cache that already holds them.
+
+    A model returns the cache it was given. A caller who wants none (`use_cache=False`) gets none, or would go on with it.
+    """
 
     def __init__(self, attached: Attached, stream: Stream) -> None:
         super().__init__(attached)
@@ -181,6 +184,12 @@ class CacheHook(Hook):
             prompt = encoder().to(_compute_dtype(module))
             for layer, pair in enumerate(encoder.method.key_values(prompt)):
                 own.update(*(states.expand(rows, *states.shape) for states in pair), layer)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Inputs, output: Any) -> Any:
+        """The output without the prompt's cache, where the caller has no use for one; a forward hook."""
+        if kwargs.get("use_cache") is not False or "past_key_values" not in output:
+            return output
+        return type(output)(**{name: value for name, value in output.items() if name != "past_key_values"})
 
     def _empty_cache(self, module: Any) -> Any:
         from transformers import DynamicCache, EncoderDecoderCache
