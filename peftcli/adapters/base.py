@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from peftcli.adapters.context import ForwardContext
 from peftcli.lazy import torch
 
 if TYPE_CHECKING:
@@ -123,6 +124,8 @@ class Adapter:
         config: the method's config.
         shape: the site's shape.
         weight: gives the base weight as a matrix; only methods whose equation needs it call it.
+
+    The layer that holds the adapter keeps `context` (facts about the running batch) and `training` (its mode) up to date.
     """
 
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({"linear"})
@@ -139,6 +142,8 @@ class Adapter:
     def __init__(self, config: Any, shape: SiteShape, weight: BaseWeight | None = None) -> None:
         self.config, self.shape, self._weight = config, shape, weight
         self.scaling: float = self.initial_scaling()
+        self.context = ForwardContext()
+        self.training = False
 
     def initial_scaling(self) -> float:
         """The factor on the update (alpha / r for LoRA); kept as an attribute so that users can rescale an adapter."""

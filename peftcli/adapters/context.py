@@ -6,7 +6,8 @@ pass saw, and nothing is tunnelled through the layers' arguments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,33 @@ class ForwardContext:
         for row in range(rows):
             groups.setdefault(names[row // repeats], []).append(row)
         return groups
+
+    def tasks(self, rows: int) -> Tensor:
+        """The task of each of `rows` rows. Beam search and layers that see tokens one by one repeat each row's.
+
+        Raises:
+            InputError: if the caller named no tasks, or not as many as there are rows.
+        """
+        if self.task_ids is None:
+            raise InputError(
+                "task_ids should not be None.", field="task_ids", fix="give the task of each row of the batch"
+            )
+        if self.task_ids.dim() != 1 or not len(self.task_ids) or rows % len(self.task_ids):
+            raise InputError(
+                f"{list(self.task_ids.shape)} tasks for {rows} rows", field="task_ids", allowed="one for each row"
+            )
+        return self.task_ids.repeat_interleave(rows // len(self.task_ids))
+
+    @contextmanager
+    def only(self, rows: list[int], of: int) -> Iterator[None]:
+        """While open, the batch is `rows` out of `of` rows."""
+        before = self.task_ids
+        if before is not None:
+            self.task_ids = self.tasks(of)[rows]
+        try:
+            yield
+        finally:
+            self.task_ids = before
 
 
 def check_adapter_names(names: Sequence[str], known: Sequence[str], rows: int | None) -> None:

@@ -103,7 +103,7 @@ class AdapterLayer(nn.Module):
 
         `shared` holds the tensors kept once a model, by name and then adapter; every layer registers the same modules.
         """
-        self.adapters[name] = adapter
+        self._hold(name, adapter)
         self._shared[name] = list(shared or {})
         self._modules.update(shared or {})
         self._slots[name] = []
@@ -124,10 +124,21 @@ class AdapterLayer(nn.Module):
                 if new_weight is not None:
                     self.site.stored.copy_(self.site.to_stored(new_weight))
 
+    def _hold(self, name: str, adapter: Adapter) -> None:
+        adapter.context, adapter.training = self.context, self.training
+        self.adapters[name] = adapter
+
+    def train(self, mode: bool = True) -> AdapterLayer:
+        """Switch to training (True) or evaluation; the adapters are told."""
+        for adapter in self.adapters.values():
+            adapter.training = mode
+        return super().train(mode)
+
     def follow(self, name: str, adapter: Adapter, leader: AdapterLayer) -> None:
         """Give the layer an adapter whose tensors are those of another layer: the two share their weight."""
         heads = {slot.head: leader._modules[slot.head] for slot, _ in leader.own_tensors(name)}
-        self.adapters[name], self._slots[name], self._leaders[name] = adapter, [], leader
+        self._hold(name, adapter)
+        self._slots[name], self._leaders[name] = [], leader
         self._shared[name] = list(heads)
         self._modules.update(heads)
 
@@ -292,10 +303,11 @@ class AdapterLayer(nn.Module):
                 continue
             index = torch.tensor(rows, device=x.device)
             inputs = x.index_select(0, index)
-            if self._adds(name):
-                adapted = self._with_update(name, output.index_select(0, index), inputs, *args[1:], **kwargs)
-            else:
-                adapted = self._forward([name], inputs, *args[1:], **kwargs)
+            with self.context.only(rows, of=x.shape[0]):
+                if self._adds(name):
+                    adapted = self._with_update(name, output.index_select(0, index), inputs, *args[1:], **kwargs)
+                else:
+                    adapted = self._forward([name], inputs, *args[1:], **kwargs)
             output = output.index_copy(0, index, adapted)
         return output
 

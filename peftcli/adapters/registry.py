@@ -33,6 +33,7 @@ METHODS: dict[str, Method] = {
     "HRA": Method("hra", "HRAConfig", "Hra"),
     "LN_TUNING": Method("ln_tuning", "LNTuningConfig", "LnTuning"),
     "ROAD": Method("road", "RoadConfig", "Road"),
+    "POLY": Method("poly", "PolyConfig", "Poly"),
     "TRAINABLE_TOKENS": Method("trainable_tokens", "TrainableTokensConfig", "TrainableTokens"),
     "PROMPT_TUNING": Method("prompt_tuning", "PromptTuningConfig", "PromptTuning"),
     "MULTITASK_PROMPT_TUNING": Method(
