@@ -83,7 +83,9 @@ class Poly(DeltaAdapter):
 
     def mixture(self, p: Tensors, rows: int) -> Tensor:
         """The weight of each skill [rows, splits, skills]."""
-        tasks = self.context.tasks(rows).to(p.poly_lora_A.device)
+        unsaid = self.context.task_ids is None and self.config.n_tasks == 1  # then there is nothing to choose
+        tasks = torch.zeros(rows, dtype=torch.long) if unsaid else self.context.tasks(rows)
+        tasks = tasks.to(p.poly_lora_A.device)
         if not 0 <= int(tasks.min()) <= int(tasks.max()) < self.config.n_tasks:
             raise InputError(
                 f"Only {self.config.n_tasks} tasks available. Found task id = {int(tasks.max())}", field="task_ids"
