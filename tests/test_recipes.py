@@ -12,7 +12,7 @@ import pytest
 from peftcli.recipe.load import dump_recipe, load_recipe
 
 PROJECT = Path(__file__).parents[1]
-RECIPES = sorted((PROJECT / "recipes").glob("*.yaml"))
+RECIPES = sorted((PROJECT / "recipes").rglob("*.yaml"))
 DATA = PROJECT / "recipes" / "data"
 
 
@@ -20,7 +20,7 @@ def test_there_are_recipes() -> None:
     assert "quickstart.yaml" in [path.name for path in RECIPES]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_valid_and_survives_being_resolved(path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(path)
     resolved = tmp_path / "recipe.yaml"
