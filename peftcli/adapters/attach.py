@@ -18,6 +18,7 @@ from peftcli.adapters.config import INPUT_EMBEDDINGS, PeftConfig, TunerConfig, a
 from peftcli.adapters.copies import MODULES_TO_SAVE, CopyLayer, TrainedBiases, trained_bias_owners
 from peftcli.adapters.engine import STATE, Attached, attached_to, base_modules, embeddings
 from peftcli.adapters.layer import AdapterLayer, Buffers, layer_for
+from peftcli.adapters.module_layer import ModuleSite
 from peftcli.adapters.prompt_base import PromptLearningConfig
 from peftcli.adapters.registry import adapter_class, adapter_class_of
 from peftcli.adapters.sites import LinearSite, ParameterSite, Site, TransposedSite, site_for
@@ -115,7 +116,7 @@ def plan_sites(model: nn.Module, config: TunerConfig) -> list[tuple[Site, Adapte
     for path in _targets(model, config, base):
         if any(path.startswith(f"{site.name}.") for site, _ in planned):
             continue  # inside a module that is adapted already
-        site = site_for(base[path], path)
+        site = ModuleSite(base[path], path) if "module" in method.kinds else site_for(base[path], path)
         if site is None or site.kind not in method.kinds:
             raise InputError(
                 f"Target module {type(base[path]).__name__} is not supported by {config.peft_type}",
@@ -203,6 +204,7 @@ def _is_linear(model: nn.Module, path: str, module: nn.Module) -> bool:
 def _fill_defaults(model: nn.Module, config: TunerConfig) -> None:
     """Set the module lists a config leaves open to the usual ones of the model's type."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
+    config.check_model_type(model_type)
     for name, table in config.default_tables.items():
         if getattr(config, name) is not None:
             continue

@@ -1,6 +1,6 @@
 """What a method states: its tensors and one equation. Forward, merge, unmerge, saving and loading are derived from it.
 
-A method is a class of one of four families. It holds no parameters: the layer that wraps the adapted module does, under
+A method is a class of one of five families. It holds no parameters: the layer that wraps the adapted module does, under
 PEFT's names, and hands them in as `p` (so the same equation serves a live model, a merge of files and a memory plan).
 
 | family             | equation                    | the method writes                                   |
@@ -9,6 +9,7 @@ PEFT's names, and hands them in as `p` (so the same equation serves a live model
 | `DeltaAdapter`     | y = (W + dW) x + b          | `delta(p)` -> dW [out, in]; `activation` to be quick  |
 | `TransformAdapter` | y = after(W before(x) + b)  | `before(p, x)` and/or `after(p, y)`                 |
 | `CopyAdapter`      | y = copy(x)                 | `names` of the parts                                |
+| `SideAdapter`      | y = module(x) + side(x)     | `side(p, module, inputs)`                           |
 
 Weights are always meant as the matrix [out, in] that multiplies a column of inputs, whatever the module stores: a
 convolution is [out, in/groups * kernel], an embedding [dim, tokens], GPT-2's Conv1D its transpose. `Site` translates.
@@ -305,6 +306,23 @@ class TransformAdapter(Adapter):
 
     def merged_bias(self, p: Tensors, bias: Tensor) -> Tensor:
         return self.after(p, bias.unsqueeze(0)).squeeze(0) if self.acts_on_outputs and self.transforms_bias else bias
+
+
+class SideAdapter(Adapter):
+    """y = module(x) + side(x) at a whole module. The method writes `side`, and knows the module's inputs and parts."""
+
+    kinds = frozenset({"module"})
+    mergeable = False
+
+    def side(self, p: Tensors, module: Any, inputs: dict[str, Any]) -> Tensor:
+        """What to add to the module's output (its first part, if it gives several).
+
+        Args:
+            p: the adapter's tensors.
+            module: the adapted module.
+            inputs: what it is called with, by the names of its arguments.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

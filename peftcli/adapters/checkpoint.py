@@ -49,8 +49,8 @@ def owned_tensors(attached: Attached, name: str) -> dict[str, Tensor]:
     for key, bank in attached.shared.items():
         if name in bank and shared_is_saved(attached, name, key):
             owned[f"base_model.{key}"] = bank[name]
-    if name in attached.prompts:
-        owned.update(attached.prompts[name].live())
+    if (prompt := attached.prompt_of(name)) is not None:
+        owned.update(prompt.live())
     return owned
 
 
@@ -90,8 +90,8 @@ def stored_tensors(attached: Attached, name: str) -> dict[str, Tensor]:
                 stored.pop(f"{attached.key_prefix}{path}.{slot.key}", None)
             form = layer.adapters[name].stored(layer.tensors(name))
             stored.update({f"{attached.key_prefix}{path}.{key}": tensor for key, tensor in form.items()})
-    if name in attached.prompts:
-        stored.update(attached.prompts[name].stored())
+    if (prompt := attached.prompt_of(name)) is not None:
+        stored.update(prompt.stored())
     return stored
 
 
@@ -139,8 +139,8 @@ def load_state(
     Raises:
         InputErrors: listing every missing, unexpected and mis-shaped tensor; nothing has been changed then.
     """
-    if name in attached.prompts:
-        attached.prompts[name].check_loadable(tensors, place)
+    if (prompt := attached.prompt_of(name)) is not None:
+        prompt.check_loadable(tensors, place)
     owned = owned_tensors(attached, name)
     banks = {f"base_model.{key}": bank for key, bank in attached.shared.items() if name in bank}
     targets = embedding_tensors(attached) | {key: bank[name] for key, bank in banks.items()} | owned

@@ -102,6 +102,13 @@ class PeftConfig:
         """`task_type` if it is one of the known ones."""
         return TaskType(self.task_type) if self.task_type in set(TaskType) else None
 
+    def add_heads(self) -> None:
+        """Name the heads of the task among the modules trained in full, for methods that have such."""
+        if any(item.name == "modules_to_save" for item in config_fields(type(self))):
+            given = list(getattr(self, "modules_to_save", None) or [])
+            heads = [head for head in HEADS.get(self.task, []) if head not in given]
+            self.modules_to_save = given + heads or None
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values; sets become sorted lists, so equal configs give equal text."""
         values = {item.name: _plain(getattr(self, item.name)) for item in config_fields(type(self))}
@@ -210,6 +217,13 @@ class TunerConfig(PeftConfig):
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified.",
                 field="layers_pattern",
             )
+
+    def check_model_type(self, model_type: str | None) -> None:
+        """Refuse a base of a type that the method can't adapt. Methods that know some types only extend it."""
+
+    def narrowed(self, modules: list[str]) -> list[str]:
+        """Those meant of the modules that match, in the model's order. Methods with a choice of their own extend it."""
+        return modules
 
     def companions(self) -> list[TunerConfig]:
         """What else the adapter does, under its name but at modules of their own (LoRA: trainable tokens)."""

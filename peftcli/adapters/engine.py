@@ -66,8 +66,11 @@ class Attached:
     @property
     def prompt(self) -> Any:
         """The prompt that stands in front of the inputs now (a `PromptEncoder`), or None."""
-        active = [self.prompts[name] for name in self.active if name in self.prompts]
-        return active[0] if active and not self.disabled else None
+        return None if self.disabled or not self.active else self.prompt_of(self.active[0])
+
+    def prompt_of(self, name: str) -> Any:
+        """One adapter's prompt (a `PromptEncoder`), or None."""
+        return dict(self.prompts.items()).get(name)
 
     @property
     def key_prefix(self) -> str:

@@ -455,5 +455,8 @@ class AttentionLayer(AdapterLayer):
 
 def layer_for(site: Site, context: ForwardContext, *, weight_is_read: bool = False) -> AdapterLayer:
     """The layer that adapts a site."""
-    kind = AttentionLayer if site.kind == "attention" else AdapterLayer
+    from peftcli.adapters.module_layer import ModuleLayer
+
+    special: dict[str, type[AdapterLayer]] = {"attention": AttentionLayer, "module": ModuleLayer}
+    kind = special.get(site.kind, AdapterLayer)
     return kind(site, context, weight_is_read=weight_is_read)

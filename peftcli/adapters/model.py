@@ -16,7 +16,7 @@ from torch import Tensor, nn  # noqa: TID253
 
 from peftcli.adapters import checkpoint
 from peftcli.adapters.attach import attach
-from peftcli.adapters.config import HEADS, PeftConfig, TaskType, read_config
+from peftcli.adapters.config import PeftConfig, TaskType, read_config
 from peftcli.adapters.context import check_adapter_names
 from peftcli.adapters.engine import Attached, adapters_of, attached_to
 from peftcli.adapters.prompt import attach_prompt
@@ -65,9 +65,7 @@ class PeftModel(nn.Module):
     ) -> None:
         """Attach another adapter of the same method. The active adapter stays the active one."""
         self._check_same_method(peft_config)
-        if hasattr(peft_config, "modules_to_save") and (heads := HEADS.get(peft_config.task, [])):
-            given = list(peft_config.modules_to_save or [])
-            peft_config.modules_to_save = given + [head for head in heads if head not in given]
+        peft_config.add_heads()
         if isinstance(peft_config, PromptLearningConfig):
             attach_prompt(self.get_base_model(), peft_config, adapter_name, initialize=initialize)
         else:

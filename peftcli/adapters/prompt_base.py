@@ -122,6 +122,10 @@ class PromptMethod:
         """The prompt [tokens, width], or one for each row of the batch [B, tokens, width] where tasks differ."""
         return p.embedding.weight
 
+    def key_values(self, prompt: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [heads, tokens, head_dim] of each layer, where the prompt feeds the cache."""
+        raise NotImplementedError
+
     def live(self, p: Any) -> dict[str, Tensor]:
         """The tensors that a file's keys stand for, where `is_plain`."""
         return {"prompt_embeddings": p.embedding.weight}

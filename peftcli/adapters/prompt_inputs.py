@@ -176,7 +176,7 @@ class CacheHook(Hook):
         rows = _batch_size(inputs)
         extend_mask(inputs, self.stream, encoder.tokens, rows)
         shift(inputs, self.stream.positions, encoder.tokens)
-        cache = inputs.get("past_key_values")
+        cache: Any = inputs.get("past_key_values")
         if cache is None:
             cache = inputs["past_key_values"] = self._empty_cache(module)
         if not is_filled(cache):

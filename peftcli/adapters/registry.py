@@ -41,6 +41,7 @@ METHODS: dict[str, Method] = {
     ),
     "P_TUNING": Method("p_tuning", "PromptEncoderConfig", "PTuning"),
     "PREFIX_TUNING": Method("prefix_tuning", "PrefixTuningConfig", "PrefixTuning"),
+    "ADAPTION_PROMPT": Method("adaption_prompt", "AdaptionPromptConfig", "AdaptionPrompt"),
     "LOHA": Method("loha", "LoHaConfig", "LoHa"),
     "LOKR": Method("lokr", "LoKrConfig", "LoKr"),
     "VERA": Method("vera", "VeraConfig", "Vera"),

@@ -86,7 +86,7 @@ def select(config: TunerConfig, modules: Iterable[str], *, linear: Iterable[str]
             field="target_modules",
             allowed=", ".join([name for name in leaves if not name.isdecimal()][:MAX_LISTED]),
         )
-    return _without_excluded(config, _within_layers(config, chosen))
+    return config.narrowed(_without_excluded(config, _within_layers(config, chosen)))
 
 
 def unmatched_targets(config: TunerConfig, chosen: Iterable[str]) -> list[str]:

@@ -34,6 +34,11 @@ class MultitaskPromptTuningInit(str, Enum):
     ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
 
 
+MultitaskInit = (
+    Literal["TEXT", "RANDOM", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"]
+    | MultitaskPromptTuningInit
+)
+
 FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
 
 
@@ -52,10 +57,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     peft_type = "MULTITASK_PROMPT_TUNING"
     inits: ClassVar[type[Enum]] = MultitaskPromptTuningInit
 
-    prompt_tuning_init: (  # type: ignore[assignment]
-        Literal["TEXT", "RANDOM", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"]
-        | MultitaskPromptTuningInit
-    ) = MultitaskPromptTuningInit.RANDOM
+    prompt_tuning_init: MultitaskInit = MultitaskPromptTuningInit.RANDOM  # type: ignore[assignment]  # others than its parent's
     prompt_tuning_init_state_dict_path: str | None = None
     prompt_tuning_init_task: Annotated[int, Ge(0)] | None = 0
     num_ranks: Size = 1

@@ -83,7 +83,7 @@ class PrefixTuning(PromptMethod):
         return p.embedding.weight if self.is_plain else p.transform(p.embedding.weight)
 
     def key_values(self, prompt: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values [heads, tokens, head_dim] of each layer.
+        """Keys and values of each layer.
 
         An encoder-decoder's rows are laid out in PEFT for self and cross attention, [k, v, cross k, cross v] a layer,
         the 2 * layers there are used twice over; the cross part is then dropped. So layer i has entry 4 i and 4 i + 1.
