@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,25 +10,9 @@ from peftcli.errors import InputError
 
 if TYPE_CHECKING:
     from peftcli.training.loop import Trainer
+    from peftcli.training.reports import StepReport
 
 LOG_NAME = "log.jsonl"
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One optimizer step. `loss` is the mean over labels since the last log entry; `memory` is in bytes."""
-
-    step: int
-    epoch: float
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens: int
-    tokens_per_second: float
-    memory: int
-
-    def row(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Callback:

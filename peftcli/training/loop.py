@@ -11,50 +11,30 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch  # noqa: TID253
 from accelerate import Accelerator  # noqa: TID253
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: TID253
-from accelerate.utils import gather_object, set_seed  # noqa: TID253
+from accelerate.utils import set_seed  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm  # noqa: TID253
 
+from peftcli.adapters.engine import attached_to, user_model
+from peftcli.adapters.steps import add_regularization, after_step, begin_training
 from peftcli.data.tokens import TokenDataset
-from peftcli.errors import RunError
 from peftcli.recipe.training_section import TrainingSection
 from peftcli.training import resume, state
-from peftcli.training.batches import Window, evaluation_batches, to_batch, training_windows
-from peftcli.training.callbacks import Callback, StepReport
+from peftcli.training.batches import Window, to_batch, training_windows
+from peftcli.training.callbacks import Callback
+from peftcli.training.evaluate import evaluate, gathered
+from peftcli.training.finite import not_finite
 from peftcli.training.losses import CausalLMLoss
 from peftcli.training.optimizers import build_optimizer, build_scheduler
 from peftcli.training.progress import peak_memory
+from peftcli.training.reports import Outcome, StepReport
 from peftcli.training.signals import Interrupted
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        steps: optimizer steps done.
-        best_step: step of the best evaluation, None without evaluation.
-        best_metrics: the evaluation there.
-        metrics: the last evaluation.
-        tokens: tokens seen over the whole run, without padding.
-        stopped: why it ended before its last step, or None.
-        seconds: time in the loop.
-    """
-
-    steps: int
-    best_step: int | None
-    best_metrics: dict[str, float] | None
-    metrics: dict[str, float] | None
-    tokens: int
-    stopped: str | None
-    seconds: float
 
 
 def _checkpoint_activations(model: Any) -> None:
@@ -83,6 +63,7 @@ class Trainer:
         export: writes the finished form of the adapter into a checkpoint, for other programs to load.
         received_signal: gives the number of a signal that asks to stop, or 0.
         manifest: further entries for the checkpoints' manifests.
+        identity: by recipe field, what else a resumed run must share with the one it continues.
     """
 
     def __init__(
@@ -99,11 +80,12 @@ class Trainer:
         export: Callable[[Path], None] | None = None,
         received_signal: Callable[[], int] = lambda: 0,
         manifest: dict[str, Any] | None = None,
+        identity: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.train_data, self.eval_data = model, train_data, eval_data
         self.settings, self.folder, self.accelerator = settings, folder, accelerator
         self.pad_token_id, self.callbacks, self.export = pad_token_id, callbacks, export
-        self.received_signal, self.manifest = received_signal, manifest or {}
+        self.received_signal, self.manifest, self.identity = received_signal, manifest or {}, identity or {}
         self.world_size, self.rank = accelerator.num_processes, accelerator.process_index
         self.metric: str = settings.metric_for_best_model
         self.progress = state.Progress()
@@ -120,6 +102,8 @@ class Trainer:
     def _prepare(self) -> None:
         if self.settings.gradient_checkpointing:
             _checkpoint_activations(self.model)
+        self.adapters = attached_to(user_model(self.model))
+        begin_training(self.adapters, self.total_steps)
         optimizer = build_optimizer(self.model, self.settings)
         self.names = state.parameter_names(self.model, optimizer)
         # Not prepared by Accelerate, which would take one schedule step for each process.
@@ -206,16 +190,20 @@ class Trainer:
             with nullcontext() if last else self.accelerator.no_sync(self.loss):
                 loss = self.loss(self._batch(self.train_data, batch))
                 # Processes average their gradients; the loss is a sum over all of them.
-                self.accelerator.backward(loss * (self.world_size / labels))
+                share = loss * (self.world_size / labels)
+                self.accelerator.backward(add_regularization(self.adapters, share) if last else share)
             losses.append(loss.detach())
         norm = get_total_norm([p.grad for p in self.trainable if p.grad is not None])
-        sums = self._gather([torch.stack(losses).sum(), float(self._lengths[indices].sum()), self.received_signal()])
+        local_loss = float(torch.stack(losses).sum())
+        sums = self._gather([local_loss, float(self._lengths[indices].sum()), self.received_signal()])
         loss_sum, tokens = float(sums[:, 0].sum()), int(sums[:, 1].sum())
-        self._require_finite(loss_sum, float(norm), losses, window)
+        if not (math.isfinite(loss_sum) and math.isfinite(norm)):
+            raise not_finite(self, window, losses)
         if self.settings.max_grad_norm:
             clip_grads_with_norm_(self.trainable, self.settings.max_grad_norm, norm)
         learning_rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
+        after_step(self.adapters, self.progress.step + 1)
         self.optimizer.zero_grad()
         self.scheduler.step()
         self._advance(loss_sum, labels, tokens)
@@ -260,9 +248,7 @@ class Trainer:
         if signal_number or last or keep_best or self._due(settings.save_strategy, settings.save_steps):
             resume.save(self)
         if signal_number and not last:
-            raise Interrupted(
-                signal_number, f"stopped by a signal after step {self.progress.step}; continue with --resume auto"
-            )
+            raise Interrupted(signal_number, after=self.progress.step)
 
     def _due(self, strategy: str, every: int) -> bool:
         if strategy == "epoch":
@@ -272,23 +258,14 @@ class Trainer:
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluate(self, data: TokenDataset) -> dict[str, float]:
-        """Mean loss, perplexity and share of supervised tokens predicted right. Logits are never gathered."""
-        scores = torch.zeros(3, dtype=torch.float64)
-        size = self.settings.per_device_eval_batch_size
-        self.model.eval()
-        with torch.no_grad():
-            for indices in evaluation_batches(data.lengths, size, world_size=self.world_size, rank=self.rank):
-                scores += self._bare_loss(self._batch(data, indices), score=True).cpu()
-        self.model.train()
-        loss_sum, correct, count = self._gather(scores.tolist()).sum(0).tolist()
-        mean = loss_sum / count
-        if not math.isfinite(mean):
-            raise RunError(f"the evaluation loss at step {self.progress.step} is {mean}; nothing was saved")
-        return {
-            "eval_loss": mean,
-            "eval_perplexity": math.exp(min(mean, 700.0)),
-            "eval_token_accuracy": correct / count,
-        }
+        """Mean loss, perplexity and share of supervised tokens predicted right."""
+        return evaluate(
+            self._bare_loss,
+            data,
+            batch_size=self.settings.per_device_eval_batch_size,
+            pad_token_id=self.pad_token_id,
+            accelerator=self.accelerator,
+        )
 
     def _evaluate_and_compare(self) -> bool:
         """Evaluate, tell the callbacks, and say whether this is the best step so far."""
@@ -309,30 +286,8 @@ class Trainer:
     def _batch(self, data: TokenDataset, indices: list[int]) -> dict[str, Tensor]:
         return to_batch(data, indices, self.pad_token_id, self.accelerator.device)
 
-    def _gather(self, values: Sequence[float | Tensor]) -> Tensor:
-        """[processes, values] float32 on the CPU."""
-        row = torch.stack([torch.as_tensor(value, device=self.accelerator.device).float() for value in values])
-        return self.accelerator.gather(row.unsqueeze(0)).cpu()
-
-    def _require_finite(self, loss_sum: float, norm: float, losses: list[Tensor], window: Window) -> None:
-        """Stop at the first loss or gradient that isn't a number, before it reaches a parameter or the disk."""
-        if math.isfinite(loss_sum) and math.isfinite(norm):
-            return
-        where = [
-            f"batch {number} of process {self.rank} (samples {', '.join(map(str, batch))}) has loss {float(loss)}"
-            for number, (batch, loss) in enumerate(zip(window, losses, strict=True), start=1)
-            if not math.isfinite(float(loss))
-        ]
-        gradients = [
-            f"the gradient of {name} is not finite"
-            for name, parameter in self.model.named_parameters()
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
-        ]
-        found = gather_object(where) or gather_object(gradients[:3])
-        raise RunError(
-            f"step {self.progress.step + 1}: the loss or its gradient is not finite: {'; '.join(found)}. "
-            "Nothing was saved since the last checkpoint; a lower training.learning_rate often helps"
-        )
+    def _gather(self, values: Sequence[float]) -> Tensor:
+        return gathered(self.accelerator, values)
 
     def _call(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:

@@ -85,9 +85,9 @@ def linear_cross_entropy(
 
 @torch.no_grad()
 def linear_scores(hidden: Tensor, labels: Tensor, head: Head, *, rows: int | None = None) -> Tensor:
-    """[loss sum, labels the head ranks first, labels] over `labels` [N], float64, chunk by chunk."""
+    """[loss sum, labels the head ranks first, labels] over `labels` [N], chunk by chunk."""
     rows = rows or chunk_rows(hidden.device)
-    scores = torch.zeros(3, dtype=torch.float64, device=hidden.device)
+    scores = torch.zeros(3, dtype=_wide(hidden.dtype), device=hidden.device)
     for part, target in zip(hidden.split(rows), labels.split(rows), strict=True):
         scores += _scores(head(part), target)
     return scores
@@ -111,9 +111,9 @@ def _loss_and_slope(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scores(logits: Tensor, target: Tensor) -> Tensor:
     wide = logits.to(_wide(logits.dtype))
-    loss = (wide.logsumexp(-1) - wide.gather(-1, target.unsqueeze(-1)).squeeze(-1)).sum(dtype=torch.float64)
-    correct = (wide.argmax(-1) == target).sum(dtype=torch.float64)
-    return torch.stack([loss, correct, correct.new_tensor(float(len(target)))])
+    loss = (wide.logsumexp(-1) - wide.gather(-1, target.unsqueeze(-1)).squeeze(-1)).sum()
+    correct = (wide.argmax(-1) == target).sum()
+    return torch.stack([loss, correct.to(loss.dtype), loss.new_tensor(float(len(target)))])
 
 
 # -- a whole model --------------------------------------------------------------------------------------------------

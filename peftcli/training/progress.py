@@ -9,10 +9,11 @@ import torch  # noqa: TID253
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from peftcli.training.callbacks import Callback, StepReport
+from peftcli.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from peftcli.training.loop import Trainer
+    from peftcli.training.reports import StepReport
 
 
 def peak_memory() -> int:

@@ -89,6 +89,7 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     settings = trainer.settings.model_dump(mode="json")
     data = trainer.train_data
     return {
+        **trainer.identity,
         **{f"training.{name}": settings[name] for name in MUST_NOT_CHANGE},
         "processes": trainer.world_size,
         "data.train": state.fingerprint(data.input_ids, data.supervised, data.offsets),

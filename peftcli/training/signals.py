@@ -15,8 +15,9 @@ STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR
 class Interrupted(RunError):
     """The run was asked to stop and did, resumably; the exit code is the shell's, 128 + signal."""
 
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, number: int, *, after: int) -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name} after step {after}, which was saved; `--resume auto` continues")
         self.exit_code = 128 + number
 
 

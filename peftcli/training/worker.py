@@ -41,10 +41,11 @@ from peftcli.training.callbacks import (
     require_trackers,
 )
 from peftcli.training.card import base_name, model_card
-from peftcli.training.loop import Outcome, Trainer
+from peftcli.training.loop import Trainer
 from peftcli.training.model import load_base
 from peftcli.training.progress import ProgressBar, peak_memory
 from peftcli.training.publish import Export, RunResult, exporter, probe_ids, probe_logits, reload_difference
+from peftcli.training.reports import Outcome
 from peftcli.training.signals import Interrupted, StopSignals
 from peftcli.training.starts import start_from_data
 

@@ -235,6 +235,15 @@ def test_when_to_save_and_evaluate(tmp_path: Path, strategy: str, expected: list
     assert sorted(int(path.name[11:]) for path in checkpoints(tmp_path)) == expected
 
 
+@pytest.mark.parametrize(("metric", "higher_is_better"), [("eval_loss", False), ("eval_token_accuracy", True)])
+def test_which_way_is_better(tmp_path: Path, metric: str, higher_is_better: bool) -> None:
+    run = trainer(tmp_path, metric_for_best_model=metric)
+    assert run.is_better(0.8, 0.5) == higher_is_better
+    assert run.is_better(0.5, 0.8) != higher_is_better
+    assert not run.is_better(0.5, 0.5)
+    assert not run.is_better(0.8, 0.5, threshold=0.4) and not run.is_better(0.5, 0.8, threshold=0.4)
+
+
 def test_fractional_epochs(tmp_path: Path) -> None:
     assert trainer(tmp_path, per_device_train_batch_size=6, num_train_epochs=1.5).train().steps == 6
 

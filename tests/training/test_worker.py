@@ -108,6 +108,15 @@ def test_nothing_left_to_train(tmp_path: Path, base: Path) -> None:
         run_quietly(folder, "auto")
 
 
+def test_another_rank_is_refused_by_name(tmp_path: Path, base: Path) -> None:
+    folder = prepare_run(tmp_path / "run", base)
+    run_quietly(folder)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("  r: 4\n", "  r: 8\n").replace("max_steps: 4", "max_steps: 6"))
+    with pytest.raises(InputError, match=r"adapter\.r: was 4, is 8"):
+        run_quietly(folder, "auto")
+
+
 def test_trackers(tmp_path: Path, base: Path) -> None:
     folder = prepare_run(tmp_path / "run", base, report_to="tensorboard")
     run_quietly(folder)
@@ -147,7 +156,7 @@ def test_signals_save_and_leave(long_run: Path, number: int, code: int) -> None:
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
-    assert "--resume auto" in errors
+    assert f"stopped by {signal.Signals(number).name} after step" in errors
     assert "Traceback" not in errors
     (checkpoint,) = long_run.glob("checkpoint-*")
     assert damage(checkpoint) is None

@@ -1,0 +1,44 @@
+"""What to say when a loss or a gradient is not a number."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch  # noqa: TID253
+from accelerate.utils import gather_object  # noqa: TID253
+from torch import Tensor  # noqa: TID253
+
+from peftcli.errors import RunError
+
+if TYPE_CHECKING:
+    from peftcli.training.batches import Window
+    from peftcli.training.loop import Trainer
+
+MOST_NAMED = 3  # parameters
+
+
+def not_finite(trainer: Trainer, window: Window, losses: list[Tensor]) -> RunError:
+    """The error that names step, batch and samples, or the parameters, on whatever process it happened.
+
+    Every process has to call it, before anything has touched a parameter or the disk.
+
+    Args:
+        window: this process's batches.
+        losses: theirs.
+    """
+    batches = [
+        f"batch {number} of process {trainer.rank} (samples {', '.join(map(str, batch))}) has loss {float(loss)}"
+        for number, (batch, loss) in enumerate(zip(window, losses, strict=True), start=1)
+        if not math.isfinite(float(loss))
+    ]
+    gradients = [
+        f"the gradient of {name} is not finite"
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+    ]
+    found = gather_object(batches) or gather_object(gradients[:MOST_NAMED])
+    return RunError(
+        f"step {trainer.progress.step + 1}: the loss or its gradient is not finite: {'; '.join(found)}. "
+        "Nothing was saved since the last checkpoint; a lower training.learning_rate often helps"
+    )
