@@ -14,6 +14,7 @@ from typing import Any, cast
 from torch import nn  # noqa: TID253
 from torch.utils.hooks import RemovableHandle  # noqa: TID253
 
+from peftcli.adapters.base import Adapter, Tensors
 from peftcli.adapters.config import PeftConfig
 from peftcli.adapters.context import ForwardContext
 from peftcli.adapters.copies import CopyLayer, TrainedBiases
@@ -62,6 +63,10 @@ class Attached:
     def parts(self) -> Iterator[AdapterLayer | CopyLayer]:
         """Everything that stands in a module's place."""
         return (m for m in self.root.modules() if isinstance(m, (AdapterLayer, CopyLayer)))
+
+    def sites(self, name: str) -> list[tuple[Adapter, Tensors]]:
+        """One adapter at every module it adapts, with its tensors there."""
+        return [(layer.adapters[name], layer.tensors(name)) for _, layer in self.layers() if name in layer.adapters]
 
     @property
     def prompt(self) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
 
 from peftcli.adapters.attach import attach
 from peftcli.adapters.config import PeftConfig
 from peftcli.adapters.engine import Attached, attached_to
+from peftcli.adapters.steps import add_regularization, after_step
 from peftcli.adapters.weighted import Svd, add_weighted_ia3, add_weighted_lora
 from peftcli.errors import InputError
 from peftcli.merging.operators import SignMethod
@@ -34,7 +35,17 @@ class Tuner(nn.Module):
         self._adopt_shared()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        output = self.model(*args, **kwargs)
+        if self.training and isinstance(getattr(output, "loss", None), Tensor):
+            output.loss = add_regularization(self.attached, output.loss)
+        return output
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """AdaLoRA's allocation of ranks; call it after `optimizer.step()` and before `zero_grad()`, counting from 1.
+
+        Our own training loop does; in another one that is the caller's task.
+        """
+        after_step(self.attached, global_step)
 
     def __getattr__(self, name: str) -> Any:
         try:
