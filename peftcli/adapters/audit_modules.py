@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from peftcli.adapters.audit_targets import not_meant, unmet
+from peftcli.adapters.audit_targets import check_parameters, check_replication, not_meant, unmet
 from peftcli.adapters.base import Adapter, SiteShape, TensorSpec
 from peftcli.adapters.base_facts import BaseFacts
 from peftcli.adapters.config import TunerConfig
 from peftcli.adapters.findings import Findings
-from peftcli.adapters.fit import ANY, Fit, Found, agrees, fit, probes, shown
+from peftcli.adapters.fit import ANY, Fit, Fitter, Found, agrees, probes, shown
 from peftcli.adapters.header import TensorFile, TensorInfo
-from peftcli.adapters.keys import PREFIX, Key, ascii_name, base_path, take_apart
+from peftcli.adapters.keys import PREFIX, Key, KeyReader, ascii_name, base_path
 from peftcli.adapters.registry import adapter_class, adapter_class_of
 from peftcli.adapters.targets import DUMMY_TARGET_MODULES
 from peftcli.errors import InputError
@@ -58,8 +58,9 @@ def sort_out(file: TensorFile, config: TunerConfig, findings: Findings) -> Conte
     contents = Contents([Part(config), *(Part(companion) for companion in config.companions())])
     owners = {name: part for part in contents.parts[::-1] for name in _parameter_names(part.config)}
     obsolete = adapter_class(config).obsolete
+    reader = KeyReader(owners)
     for tensor in file.tensors.values():
-        key = take_apart(tensor.name, owners)
+        key = reader.read(tensor.name)
         for fault in key.faults:
             findings.error(fault, ascii_name(tensor.name), fix=NAMES_LOOK_LIKE)
         if key.parameter in obsolete:
@@ -99,26 +100,30 @@ def check_modules(part: Part, base: BaseFacts | None, findings: Findings, *, is_
     """
     config = part.config
     cls = adapter_class(config)
+    fitter = Fitter(cls, config)
     for path, found in part.modules.items():
         site = base_path(path)
         fused = _fused_parameter(config, site, found)
         tied = cls.follows_ties and len(part.modules) > 1  # PEFT stores the tensors once more for a tied head
         cause = None if fused or tied else not_meant(config, site, base)
         if fused:
-            option = fit(adapter_class_of(config.parameter_method(fused.experts)), config, site, found, [fused])
+            option = Fitter(adapter_class_of(config.parameter_method(fused.experts)), config).fit(site, found, [fused])
         else:
-            option = fit(cls, config, site, found, base.shapes(site) if base else [])
+            option = fitter.fit(site, found, base.shapes(site) if base else [])
         part.fits[path] = option
         if cause:
             for tensor in found.values():
                 findings.error(cause, ascii_name(tensor.name))
         else:
             _check_tensors(option, path, found, findings)
-    if not part.modules and not _adapts_nothing(config):
+    sites = {base_path(path) for path in part.modules}
+    if not sites and not _adapts_nothing(config):
         what = getattr(config, "field", config.peft_type) if is_companion else config.peft_type
         findings.error(f"the config asks for {what}, but the file has no such tensors")
-    elif base is not None and base.tensors and not getattr(config, "target_parameters", None):
-        unmet(config, cls, {base_path(path) for path in part.modules}, base, findings)
+    elif base is not None and base.tensors and not _renames_modules(config):
+        unmet(config, cls, sites, base, findings)
+    check_replication(config, sites, base, findings)
+    check_parameters(config, sites, findings)
     _check_shared(part, findings)
 
 
@@ -126,6 +131,11 @@ def _adapts_nothing(config: TunerConfig) -> bool:
     """Whether the adapter is meant to hold `modules_to_save` alone (PEFT's word for it)."""
     targets = config.target_modules or []
     return DUMMY_TARGET_MODULES in ([targets] if isinstance(targets, str) else targets)
+
+
+def _renames_modules(config: TunerConfig) -> bool:
+    """Whether modules of the adapted model are called otherwise than in the base's checkpoint."""
+    return bool(getattr(config, "target_parameters", None) or getattr(config, "layer_replication", None))
 
 
 def _fused_parameter(config: TunerConfig, site: str, found: Found) -> SiteShape | None:

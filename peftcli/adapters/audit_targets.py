@@ -51,14 +51,14 @@ def unmet(config: TunerConfig, cls: type[Adapter], sites: set[str], base: BaseFa
         base: the base model.
         findings: takes the reports.
     """
-    weights = {site: base.find(f"{site}.weight") or base.find(f"{site}.in_proj_weight") for site in sites}
-    strangers = [site for site, weight in weights.items() if weight is None]
-    for site in sorted(strangers):
+    strangers = sorted(site for site in sites if not base.contains(site))
+    for site in strangers:
         findings.doubt(f"is no module of the base {printable(base.folder.name)}", ascii_name(site))
     if strangers:  # the model names its modules otherwise than its checkpoint: nothing can be missed
         return
     leaves = {site.rpartition(".")[2] for site in sites}
-    present = {weight.name.removesuffix(".weight") for weight in weights.values() if weight}
+    weights = (base.find(f"{site}.weight") for site in sites)
+    present = {weight.name.removesuffix(".weight") for weight in weights if weight}
     for module in _meant(config, cls, base):
         if module not in present and module.rpartition(".")[2] in leaves:
             findings.error("is meant by the config, but has no tensors in the file", f"{PREFIX}{module}")
@@ -72,3 +72,27 @@ def _meant(config: TunerConfig, cls: type[Adapter], base: BaseFacts) -> Iterator
                 yield module
         except InputError:  # an expression that takes too long on this name; the adapter's own were checked
             return
+
+
+def check_replication(config: TunerConfig, sites: set[str], base: BaseFacts | None, findings: Findings) -> None:
+    """A model deepened by `layer_replication` has an adapter for each of its layers, the repeated ones included."""
+    ranges = getattr(config, "layer_replication", None) or []
+    known = base.language_config.get("num_hidden_layers") if base else None
+    for start, end in ranges:
+        if start >= end or (type(known) is int and end > known):
+            findings.error(f"`layer_replication` names the layers {start} to {end}, which the base cannot have")
+            return
+    depth = sum(end - start for start, end in ranges)
+    layers = {index for index in map(layer_index, sites) if index is not None}
+    whole = len(layers) == depth and max(layers, default=-1) == depth - 1
+    partly = config.layers_to_transform is not None and len(layers) < depth
+    if ranges and not whole and not partly:
+        findings.error(f"`layer_replication` builds {depth:,} layers, but {len(layers):,} have tensors in the file")
+
+
+def check_parameters(config: TunerConfig, sites: set[str], findings: Findings) -> None:
+    """Each entry of `target_parameters` has tensors at the module that holds the parameter."""
+    for entry in getattr(config, "target_parameters", None) or []:
+        owner = entry.rpartition(".")[0]
+        if not any(f".{site}".endswith(f".{owner}") for site in sites):
+            findings.error("is in `target_parameters`, but has no tensors in the file", ascii_name(entry))

@@ -11,7 +11,7 @@ from peftcli.adapters.header import TensorFile, TensorInfo
 from peftcli.adapters.values import FLOATS, Values, look
 from peftcli.files import open_regular
 
-MAX_BYTES = 64 << 30
+MAX_BYTES, MAX_BYTES_OF_BROKEN = 64 << 30, 1 << 30
 """No adapter is larger; a file with a hole in it may seem so, and would take minutes to read."""
 
 DTYPE_NAMES = {"int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "uint8": "U8", "bool": "BOOL"}
@@ -27,8 +27,8 @@ def check_values(file: TensorFile, contents: Contents, findings: Findings) -> di
     specs = _specs(contents)
     copies = {tensor.name for _, tensor in contents.others}
     values: dict[str, Values] = {}
-    if file.size > MAX_BYTES:
-        findings.error(f"has {file.size:,} bytes: no adapter is that large, its values were not read")
+    if file.size > (MAX_BYTES_OF_BROKEN if findings.errors else MAX_BYTES):
+        findings.error(f"has {file.size:,} bytes: its values were not read")
         return values
     with open_regular(file.path) as opened:
         for name, tensor in file.tensors.items():

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +55,19 @@ class BaseFacts:
         inner = self.config.get("text_config")
         return inner if isinstance(inner, dict) else self.config
 
+    @cached_property
+    def _paths(self) -> set[str]:
+        """Every module's path in the checkpoint, that of lists and blocks included."""
+        parts = [name.split(".") for name in self.tensors]
+        return {".".join(path[:stop]) for path in parts for stop in range(1, len(path))}
+
+    def contains(self, module: str) -> bool:
+        """Whether the base has a module of that path in the model."""
+        return any(path in self._paths for path in _without_outermost(module))
+
     def find(self, name: str) -> TensorInfo | None:
-        """A tensor by its name in the model. Checkpoints may leave out the outermost names (`transformer.h.0` -> `h.0`)."""
-        parts = name.split(".")
-        candidates = (".".join(parts[start:]) for start in range(max(1, len(parts) - 1)))
+        """A tensor by its name in the model."""
+        candidates = _without_outermost(name)
         tied = self.tensors.get("model.embed_tokens.weight") if self.config.get("tie_word_embeddings") else None
         found = next((self.tensors[item] for item in candidates if item in self.tensors), None)
         return found or (tied if name == "lm_head.weight" else None)
@@ -83,6 +94,12 @@ class BaseFacts:
     def modules(self) -> list[str]:
         """Modules with a weight, in the file's order."""
         return [name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")]
+
+
+def _without_outermost(name: str) -> Iterator[str]:
+    """A name, and what a checkpoint may call it: it may leave out the outermost parts (`transformer.h.0` -> `h.0`)."""
+    parts = name.split(".")
+    return (".".join(parts[start:]) for start in range(max(1, len(parts) - 1)))
 
 
 def find_base(name: str | None, revision: str | None, *, beside: Path) -> Path | None:

@@ -17,6 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import sre_parse as parser
 
+MAX_LENGTH = 1 << 16  # characters; one that names every layer of a large model has half of that
 EXPRESSION_SECONDS = 2.0  # for one expression on one name; honest ones take microseconds
 
 
@@ -44,6 +45,8 @@ def fullmatch(pattern: str, name: str, *, field: str) -> bool:
 @lru_cache(maxsize=4096)
 def expression_fault(pattern: str) -> str | None:
     """What is wrong with an expression, or None."""
+    if len(pattern) > MAX_LENGTH:
+        return f"has {len(pattern):,} characters, more than {MAX_LENGTH:,}"
     try:
         explodes = _explodes(parser.parse(pattern))
     except (re.error, RecursionError, OverflowError) as error:

@@ -8,6 +8,7 @@ module's input or output, and the file's tensors give the rest. No method is tre
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -70,64 +71,88 @@ def probes(cls: type[Adapter], module: str, kernel: tuple[int, ...] = ()) -> Ite
                 )
 
 
-def fit(cls: type[Adapter], config: PeftConfig, module: str, found: Found, candidates: list[SiteShape]) -> Fit:
-    """The best explanation of a module's tensors.
+class Fitter:
+    """Explains the tensors of one method, module by module. Modules that are alike are solved for once.
 
     Args:
         cls, config: the method.
-        module: the module's path.
-        found: its tensors in the file.
-        candidates: what the base says the module may be; [] where the base is not at hand.
-
-    Raises:
-        InputError: if the method can't be applied to such a module at all.
     """
-    known = [shape for shape in candidates if shape.kind in cls.kinds]
-    options = [_at(cls, config, shape) for shape in known] or _solved(cls, config, module, found)
-    return min(options, key=lambda option: _distance(option, found))
 
+    def __init__(self, cls: type[Adapter], config: PeftConfig) -> None:
+        self.cls, self.config = cls, config
+        self._solved: dict[tuple[object, ...], Fit] = {}
 
-def _at(cls: type[Adapter], config: PeftConfig, shape: SiteShape) -> Fit:
-    adapter = cls(config, shape)
-    return Fit(shape, adapter, adapter.file_tensors())
+    def fit(self, module: str, found: Found, candidates: list[SiteShape]) -> Fit:
+        """The best explanation of a module's tensors.
 
+        Args:
+            module: the module's path.
+            found: its tensors in the file.
+            candidates: what the base says the module may be; [] where the base is not at hand.
 
-def _solved(cls: type[Adapter], config: PeftConfig, module: str, found: Found) -> list[Fit]:
-    """A fit for each kind of module and probe, its sizes taken from the tensors; a perfect one alone."""
-    fits = []
-    problem: InputError | None = None
-    kernel = next((tensor.shape[2:] for tensor in found.values() if len(tensor.shape) > 2), ())
-    for probe in probes(cls, module, kernel):
-        try:
-            option = _solve(cls, config, probe, found)
-        except InputError as error:  # a block size that does not divide the probe
-            problem = error
-            continue
-        if 0 not in (option.shape.in_features, option.shape.out_features) and _distance(option, found) == (0, 0):
-            return [option]
-        fits.append(option)
-    if not fits:
-        raise problem or InputError(f"{config.peft_type} adapts none of {', '.join(KINDS)}")
-    return fits
+        Raises:
+            InputError: if the method can't be applied to such a module at all.
+        """
+        known = [shape for shape in candidates if shape.kind in self.cls.kinds]
+        if known:
+            return min((self._at(shape) for shape in known), key=lambda option: _distance(option, found))
+        kernel = next((tensor.shape[2:] for tensor in found.values() if len(tensor.shape) > 2), ())
+        shapes = list(probes(self.cls, module, kernel))
+        alike = self._alike(shapes, found)
+        if alike not in self._solved:
+            self._solved[alike] = min(self._options(shapes, found), key=lambda option: _distance(option, found))
+        option = self._solved[alike]
+        adapter = self.cls(self.config, replace(option.adapter.shape, name=module))
+        return Fit(replace(option.shape, name=module), adapter, option.specs)
 
+    def _alike(self, shapes: list[SiteShape], found: Found) -> tuple[object, ...]:
+        """What decides the answer: the tensors' shapes, and what the method says of this module at some size."""
+        stated: list[object] = []
+        for shape in shapes[:1]:
+            with suppress(InputError):
+                stated += [(name, spec.shape) for name, spec in self._at(shape).specs.items()]
+        return *stated, *sorted((name, tensor.shape) for name, tensor in found.items())
 
-def _solve(cls: type[Adapter], config: PeftConfig, probe: SiteShape, found: Found) -> Fit:
-    """The fit at the sizes that the tensors give."""
-    base = _at(cls, config, probe)
-    grown = {side: [cls(config, _scaled(probe, side, times)).file_tensors() for times in (2, 4)] for side in SIDES}
-    sizes = {side: _size(getattr(probe, side), base.specs, grown[side], found) for side in SIDES}
-    sized = replace(
-        probe,
-        in_features=sizes["in_features"] or probe.in_features,
-        out_features=sizes["out_features"] or probe.out_features,
-    )
-    option = _at(cls, config, sized)
-    for side in SIDES:
-        if sizes[side] == 0:
-            bigger = [cls(config, _scaled(sized, side, times)).file_tensors() for times in (2, 4)]
-            option = replace(option, specs=_masked(option.specs, bigger))
-    shape = replace(sized, in_features=sizes["in_features"] or 0, out_features=sizes["out_features"] or 0)
-    return replace(option, shape=shape)
+    def _at(self, shape: SiteShape) -> Fit:
+        adapter = self.cls(self.config, shape)
+        return Fit(shape, adapter, adapter.file_tensors())
+
+    def _options(self, shapes: list[SiteShape], found: Found) -> list[Fit]:
+        """A fit for each probe, its sizes taken from the tensors; a perfect one alone."""
+        fits = []
+        problem: InputError | None = None
+        for probe in shapes:
+            try:
+                option = self._solve(probe, found)
+            except InputError as error:  # a block size that does not divide the probe
+                problem = error
+                continue
+            if 0 not in (option.shape.in_features, option.shape.out_features) and _distance(option, found) == (0, 0):
+                return [option]
+            fits.append(option)
+        if not fits:
+            raise problem or InputError(f"{self.config.peft_type} adapts none of {', '.join(KINDS)}")
+        return fits
+
+    def _solve(self, probe: SiteShape, found: Found) -> Fit:
+        """The fit at the sizes that the tensors give."""
+        base = self._at(probe)
+        sizes = {side: _size(getattr(probe, side), base.specs, self._grown(probe, side), found) for side in SIDES}
+        sized = replace(
+            probe,
+            in_features=sizes["in_features"] or probe.in_features,
+            out_features=sizes["out_features"] or probe.out_features,
+        )
+        option = self._at(sized)
+        for side in SIDES:
+            if sizes[side] == 0:
+                option = replace(option, specs=_masked(option.specs, self._grown(sized, side)))
+        shape = replace(sized, in_features=sizes["in_features"] or 0, out_features=sizes["out_features"] or 0)
+        return replace(option, shape=shape)
+
+    def _grown(self, shape: SiteShape, side: Side) -> list[Specs]:
+        """The specs where one side is twice and four times as large."""
+        return [self._at(_scaled(shape, side, times)).specs for times in (2, 4)]
 
 
 def _scaled(shape: SiteShape, side: Side, times: int) -> SiteShape:

@@ -47,51 +47,58 @@ class Key:
         return base_path(self.module)
 
 
+class KeyReader:
+    """Takes names apart, however they are written.
+
+    Args:
+        parameters: the method's own names, e.g. `lora_A.weight`.
+    """
+
+    def __init__(self, parameters: Iterable[str]) -> None:
+        self.parameters = frozenset(parameters)
+        self.lengths = sorted({name.count(".") + 1 for name in self.parameters}, reverse=True)
+
+    def read(self, name: str) -> Key:
+        """The parts of a name, and what is wrong with it."""
+        faults = []
+        if PLAIN.fullmatch(name) is None:
+            faults.append("has characters that do not belong into a name")
+        path = name
+        for wrapper, author in WRAPPERS.items():
+            if f"{wrapper}." in path:
+                faults.append(f"still carries `{wrapper}.`, left there by {author}")
+                path = path.replace(f"{wrapper}.", "")
+        for head in ("", SHARED_PREFIX, PREFIX):
+            if path.startswith(f"{head}module."):
+                faults.append("still carries `module.`, left there by DistributedDataParallel")
+                path = head + path.removeprefix(f"{head}module.")
+        shared = path.removeprefix(SHARED_PREFIX)
+        if shared in self.parameters:
+            return Key(name, "", shared, True, tuple(faults))
+        if not path.startswith(PREFIX):
+            faults.append(f"lacks the prefix `{PREFIX}`")
+        return self._split(name, path.removeprefix(PREFIX).split("."), faults)
+
+    def _split(self, name: str, parts: list[str], faults: list[str]) -> Key:
+        """The module and the parameter of a path in the base model."""
+        for length in self.lengths:
+            parameter = ".".join(parts[-length:])
+            if parameter in self.parameters:
+                return Key(name, ".".join(parts[:-length]), parameter, True, tuple(faults))
+        for length in self.lengths:  # `lora_A.default.weight`: the adapter's name after the first part
+            if len(parts) <= length + 1:
+                continue
+            first, adapter, *rest = parts[-length - 1 :]
+            parameter = ".".join([first, *rest])
+            if parameter in self.parameters:
+                faults = [*faults, f"still carries the adapter's name `.{adapter[:60]}.`"]
+                return Key(name, ".".join(parts[: -length - 1]), parameter, True, tuple(faults))
+        return Key(name, ".".join(parts[:-1]), parts[-1], False, tuple(faults))
+
+
 def base_path(module: str) -> str:
     """A module's path without the names that wrapping modules put into it."""
     return ".".join(part for part in module.split(".") if part != "base_layer")
-
-
-def take_apart(name: str, parameters: Iterable[str]) -> Key:
-    """Take a name apart, however it is written.
-
-    Args:
-        name: from the file, untrusted.
-        parameters: the method's own names, e.g. `lora_A.weight`.
-    """
-    faults = []
-    if PLAIN.fullmatch(name) is None:
-        faults.append("has characters that do not belong into a name")
-    path = name
-    for wrapper, author in WRAPPERS.items():
-        if f"{wrapper}." in path:
-            faults.append(f"still carries `{wrapper}.`, left there by {author}")
-            path = path.replace(f"{wrapper}.", "")
-    for head in ("", SHARED_PREFIX, PREFIX):
-        if path.startswith(f"{head}module."):
-            faults.append("still carries `module.`, left there by DistributedDataParallel")
-            path = head + path.removeprefix(f"{head}module.")
-    known = sorted(parameters, key=len, reverse=True)
-    if path in known or path.removeprefix(SHARED_PREFIX) in known:
-        return Key(name, "", path.removeprefix(SHARED_PREFIX), True, tuple(faults))
-    if not path.startswith(PREFIX):
-        faults.append(f"lacks the prefix `{PREFIX}`")
-    return _split(name, path.removeprefix(PREFIX), known, faults)
-
-
-def _split(name: str, path: str, known: list[str], faults: list[str]) -> Key:
-    """The module and the parameter of a path in the base model."""
-    for parameter in known:
-        if path.endswith(f".{parameter}"):
-            return Key(name, path.removesuffix(f".{parameter}"), parameter, True, tuple(faults))
-    for parameter in known:  # `lora_A.default.weight`: the adapter's name after the first part
-        first, _, last = parameter.partition(".")
-        match = re.fullmatch(rf"(.+)\.{re.escape(first)}\.([^.]+){re.escape('.' + last if last else '')}", path)
-        if match:
-            faults = [*faults, f"still carries the adapter's name `.{match[2][:60]}.`"]
-            return Key(name, match[1], parameter, True, tuple(faults))
-    module, _, parameter = path.rpartition(".")
-    return Key(name, module, parameter, False, tuple(faults))
 
 
 def ascii_name(name: str) -> str:

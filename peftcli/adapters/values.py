@@ -65,7 +65,7 @@ def look(file: BinaryIO, tensor: TensorInfo) -> Values:
     for chunk in _chunks(file, tensor, step):
         first = first or chunk[:itemsize]
         nonfinite += _count_nonfinite(chunk, itemsize, EXPONENTS[tensor.dtype])
-        zero = zero and not any_set(chunk)
+        zero = zero and chunk == bytes(len(chunk))
         constant = constant and chunk == first * (len(chunk) // itemsize)
         if step == row_bytes:
             zero_rows += _count_zero_rows(chunk, row_bytes)
@@ -83,11 +83,6 @@ def _chunks(file: BinaryIO, tensor: TensorInfo, step: int) -> Iterator[bytes]:
             raise OSError(f"the file ended within {tensor.name}")
         left -= len(chunk)
         yield chunk
-
-
-def any_set(chunk: bytes) -> bool:
-    """Whether any byte is not zero."""
-    return chunk.count(0) != len(chunk)
 
 
 def _count_nonfinite(chunk: bytes, itemsize: int, masks: tuple[int, ...]) -> int:

@@ -118,6 +118,10 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "excluded": ({"exclude_modules": ["v_proj"]}, ["v_proj", "`exclude_modules`"]),
     "layers": ({"layers_to_transform": [99]}, ["layer 0", "`layers_to_transform` is [99]"]),
     "a head that is missing": ({"modules_to_save": ["lm_head"]}, ["lm_head", "has no tensors"]),
+    "an empty range of layers": ({"layer_replication": [[2, 1]]}, ["`layer_replication` names the layers 2 to 1"]),
+    "more layers than tensors": ({"layer_replication": [[0, 2], [0, 2]]}, ["builds 4 layers, but 2"]),
+    "endless layers": ({"layer_replication": [[0, 10**9]]}, ["builds 1,000,000,000 layers"]),
+    "a parameter with no tensors": ({"target_parameters": ["experts.w"]}, ["experts.w", "`target_parameters`"]),
     "PiSSA, not converted": ({"init_lora_weights": "pissa"}, ["pissa", "without conversion"]),
     "exponential exclusion": ({"exclude_modules": "(([a-z_.0-9])+)+X"}, ["exclude_modules", "exponential", "config"]),
     "exponential rank_pattern": ({"rank_pattern": {"(([a-z_.0-9])+)+X": 2}}, ["rank_pattern", "exponential"]),
@@ -145,6 +149,7 @@ FINE_CONFIGS: dict[str, dict[str, Any]] = {
     "biases that the base lacks": {"bias": "lora_only"},
     "Conv1D, wrongly": {"fan_in_fan_out": True},
     "a base that is nowhere": {"base_model_name_or_path": "meta\u202ellama\u200b/x"},
+    "replicated layers": {"layer_replication": [[0, 1], [0, 1]]},
     "no base": {"base_model_name_or_path": None},
     "a field of the future that says nothing": {"new_field": None},
 }

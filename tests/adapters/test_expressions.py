@@ -56,6 +56,11 @@ def test_a_long_expression_is_judged_quickly() -> None:
     assert expression_fault("|".join(f"layers.{i}.q_proj" for i in range(2_000))) is None
 
 
+def test_an_endless_expression() -> None:
+    with pytest.raises(InputError, match="100,000 characters"):
+        fullmatch("a" * 100_000, "q_proj", field="target_modules")
+
+
 def test_a_pattern_of_plain_names_needs_no_expressions() -> None:
     names = {f"model.layers.{i}.q_proj": i + 1 for i in range(20_000)}
     assert pattern_value(names, "model.layers.19999.q_proj", 0) == 20_000
