@@ -247,6 +247,11 @@ class DeltaAdapter(Adapter):
         """dW as a matrix [out, in], scaling included, in the dtype of `p`."""
         raise NotImplementedError
 
+    @property
+    def builds_delta(self) -> bool:
+        """Whether building dW is the best there is at this site, and `activation` gives None."""
+        return type(self).activation is DeltaAdapter.activation
+
     def activation(self, p: Tensors, x: Tensor, site: Site) -> Tensor | None:
         """dW x for x [..., in] without building dW, or None where building it is the best there is.
 

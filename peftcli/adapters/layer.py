@@ -243,7 +243,7 @@ class AdapterLayer(nn.Module):
     def _folds(self, name: str) -> bool:
         """Whether (W + dW) x is quicker than W x + dW x: dW must be built anyway, and adding it to W loses nothing."""
         adapter = self.adapters[name]
-        if not isinstance(adapter, DeltaAdapter) or type(adapter).activation is not DeltaAdapter.activation:
+        if not isinstance(adapter, DeltaAdapter) or not adapter.builds_delta:
             return False
         exact = all(t.dtype == self.site.dtype for t in self.tensors(name).values() if t.is_floating_point())
         return exact and self.site.is_bare and not (self.training and adapter.drops)

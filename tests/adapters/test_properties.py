@@ -95,6 +95,8 @@ ROWS = [
     Row("FOURIERFT", {"n_frequency": 60, "scaling": 15, "n_frequency_pattern": {"s.te": 1}}, identity=False),
     Row("VBLORA", {"r": 2, "num_vectors": 8, "vector_length": 2, "topk": 3}, identity=False),
     Row("ADALORA", {"init_r": 4, "target_r": 2, "total_step": 10}, second={"inference_mode": True}),
+    Row("HIRA", {"r": 4}),
+    Row("HIRA", {"r": 4, "init_weights": "gaussian", "rank_pattern": {"site": 2}}),
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")

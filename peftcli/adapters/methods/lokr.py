@@ -107,9 +107,13 @@ class LoKr(LycorisAdapter):
             second = p.lokr_w2.flatten(1)
         return torch.kron(first, second.contiguous()).reshape(self.shape.matrix)
 
+    @property
+    def builds_delta(self) -> bool:
+        return self.shape.kind != "linear"
+
     def activation(self, p: Tensors, x: Tensor, site: Site) -> Tensor | None:
         """W2 and W1 on the two axes of x [..., in1, in2], and never their product."""
-        if self.shape.kind != "linear":
+        if self.builds_delta:
             return None
         p = p.to(x.dtype)
         x = x.unflatten(-1, (-1, self.sides[1][1]))
