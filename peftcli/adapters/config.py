@@ -88,6 +88,8 @@ class PeftConfig:
     """Fields of a base class that PEFT's config of this method does not have: not taken and not written."""
 
     is_prompt_learning: ClassVar[bool] = False
+    allows_checkpointing: ClassVar[bool] = True
+    """Whether layers may be recomputed in the backward pass."""
     prefix: ClassVar[str] = ""
     """What the names of this method's tensors start with."""
 

@@ -174,6 +174,12 @@ class Recipe(Section):
             raise contradiction(
                 "training.early_stopping_patience needs evaluations", fix="set data.eval, e.g. {split: 0.05}"
             )
+        config = self.adapter.config
+        if self.training.gradient_checkpointing and config is not None and not config.allows_checkpointing:
+            raise contradiction(
+                f"{config.peft_type} does not work with gradient checkpointing.",
+                fix="set training.gradient_checkpointing to false",
+            )
         return self
 
 

@@ -28,6 +28,7 @@ from peftcli import (
 )
 from peftcli.errors import InputError
 from peftcli.recipe.adapter_section import AdapterSection
+from peftcli.recipe.schema import Recipe
 
 PLAIN = [ROWS[0], ROWS[2]]
 """Methods whose prompt can be written down, one with and one without tasks."""
@@ -619,3 +620,16 @@ def test_recipes_refuse_what_a_prompt_has_not() -> None:
     for given, words in (({"target_modules": ["q"]}, "target_modules"), ({}, "num_virtual_tokens")):
         with pytest.raises(ValueError, match=words):
             AdapterSection.model_validate({"method": "prefix_tuning", **given})
+
+
+def test_recipes_refuse_a_prefix_with_checkpointing() -> None:
+    recipe: dict[str, Any] = {
+        "model": {"name_or_path": "base"},
+        "adapter": {"method": "prefix_tuning", "num_virtual_tokens": 8},
+        "data": {"train": "train.jsonl"},
+        "training": {"output_dir": "out", "gradient_checkpointing": True},
+    }
+    with pytest.raises(ValueError, match="PREFIX_TUNING does not work with gradient checkpointing"):
+        Recipe.model_validate(recipe)
+    recipe["adapter"]["method"] = "prompt_tuning"
+    assert Recipe.model_validate(recipe).training.gradient_checkpointing

@@ -18,6 +18,7 @@ from training.run_folders import prepare_run, save_base
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[2] / "recipes" / "methods").glob("*.yaml"))}
 
 SHRUNK: dict[str, dict[str, Any]] = {
+    "adaption-prompt": {"adapter_layers": 1},
     "adalora": {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1},
     "boft": {"boft_block_size": 4},
     "c3a": {"block_size": 8},

@@ -28,6 +28,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     """
 
     peft_type = "PREFIX_TUNING"
+    allows_checkpointing = False
 
     encoder_hidden_size: Size | None = None
     prefix_projection: bool = False
