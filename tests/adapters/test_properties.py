@@ -97,6 +97,9 @@ ROWS = [
     Row("ADALORA", {"init_r": 4, "target_r": 2, "total_step": 10}, second={"inference_mode": True}),
     Row("HIRA", {"r": 4}),
     Row("HIRA", {"r": 4, "init_weights": "gaussian", "rank_pattern": {"site": 2}}),
+    Row("MISS", {"r": 5}),
+    Row("MISS", {"r": 4, "init_weights": "mini", "mini_r": 4}),
+    Row("MISS", {"r": 4, "init_weights": "bat"}, without=("conv2d_grouped",)),
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
