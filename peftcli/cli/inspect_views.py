@@ -112,7 +112,7 @@ def _file(summary: dict[str, Any]) -> dict[str, Any]:
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in summary["dtypes"].items())
     return {
         "parameters": f"{summary['parameters']:,}",
-        "file": f"{summary['file']}, {_bytes(summary['bytes'])}, {summary['tensors']:,} tensors ({dtypes})",
+        "file": f"{summary['file']}, {console.size(summary['bytes'])}, {summary['tensors']:,} tensors ({dtypes})",
         "metadata": ", ".join(f"{name}: {value}" for name, value in summary["metadata"].items() if name != "format"),
     }
 
@@ -125,15 +125,6 @@ def _training(facts: dict[str, Any]) -> str | None:
     if "unreadable" in facts:
         parts.append(facts["unreadable"])
     return ", ".join(parts) or None
-
-
-def _bytes(size: int) -> str:
-    value, unit = float(size), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.3g} {unit}"
 
 
 def _norms(row: dict[str, Any]) -> dict[str, Any]:
