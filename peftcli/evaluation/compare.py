@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from peftcli.data.collate import collate
 from peftcli.data.report import choose_pad
 from peftcli.errors import InputError
 from peftcli.evaluation import metrics as known
@@ -166,14 +165,14 @@ def score_tokens(
     progress: StepProgress | None = None,
 ) -> TokenScores:
     """The loss of every sample; one sample a forward pass, since errors need each sample's own loss."""
+    from peftcli.training.batches import to_batch
     from peftcli.training.losses import CausalLMLoss
 
     loss = CausalLMLoss(model, bf16=bf16)
     losses = np.zeros(len(data))
     with torch.no_grad():
         for index in range(len(data)):
-            columns = collate([data[index]], pad_token_id, multiple_of=1)
-            batch = {name: torch.from_numpy(column).to(model.device) for name, column in columns.items()}
+            batch = to_batch(data, [index], pad_token_id, model.device)
             losses[index] = float(loss(batch, score=True)[0])
             if progress is not None:
                 progress(index + 1, len(data))
