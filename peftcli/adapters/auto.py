@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from peftcli.adapters import checkpoint
 from peftcli.adapters.config import PeftConfig, TaskType, read_config
-from peftcli.adapters.model import PeftModel, model_class
+from peftcli.adapters.model import PeftModel
+from peftcli.adapters.task_models import model_class
 from peftcli.errors import InputError, printable
 
 AUTO_CLASSES = {

@@ -104,6 +104,18 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     )
 
 
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; packed 4-bit weights count as what they stand for, sharded ones whole."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = getattr(parameter, "ds_numel", None) or parameter.numel()
+        if type(parameter).__name__ == "Params4bit":
+            count = parameter.numel() * 2 * parameter.element_size()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
 def _merged(layers: list[TunerLayerStatus]) -> list[str] | Irregular:
     """Names merged in every layer that has them."""
     merged = {name for layer in layers for name in layer.merged_adapters}
