@@ -63,7 +63,7 @@ def sort_out(file: TensorFile, config: TunerConfig, findings: Findings) -> Conte
         key = reader.read(tensor.name)
         for fault in key.faults:
             findings.error(fault, ascii_name(tensor.name), fix=NAMES_LOOK_LIKE)
-        if key.parameter in obsolete:
+        if key.module and key.parameter in obsolete:
             continue
         if not key.is_method:
             contents.others.append((key, tensor))

@@ -138,7 +138,7 @@ class Adapter:
     """Whether modules that share the adapted module's weight (tied embeddings) are adapted by the same tensors."""
 
     obsolete: ClassVar[frozenset[str]] = frozenset()
-    """Last parts of keys that older files hold and nothing needs."""
+    """Last parts of keys that other versions' files hold at a module and nothing needs."""
 
     def __init__(self, config: Any, shape: SiteShape, weight: BaseWeight | None = None) -> None:
         self.config, self.shape, self._weight = config, shape, weight

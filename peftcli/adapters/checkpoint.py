@@ -200,10 +200,11 @@ def _restored(attached: Attached, name: str, tensors: Mapping[str, Tensor]) -> d
 
 
 def _obsolete(attached: Attached, name: str, key: str) -> bool:
-    """Tensors older versions stored and nothing needs (BOFT's permutation)."""
+    """Tensors other versions store at a module and nothing needs (BOFT's permutation)."""
     adapters = (layer.adapters[name] for _, layer in attached.layers() if name in layer.adapters)
     first = next(adapters, None)
-    return first is not None and key.rpartition(".")[2] in first.obsolete
+    at_module = key.startswith(attached.key_prefix)  # not a tensor kept once a model
+    return first is not None and at_module and key.rpartition(".")[2] in first.obsolete
 
 
 def _missing(key: str, given: Iterable[str], place: str | Path) -> InputError:

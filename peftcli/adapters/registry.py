@@ -46,6 +46,7 @@ METHODS: dict[str, Method] = {
     "LOKR": Method("lokr", "LoKrConfig", "LoKr"),
     "VERA": Method("vera", "VeraConfig", "Vera"),
     "ADALORA": Method("adalora", "AdaLoraConfig", "AdaLora"),
+    "RANDLORA": Method("randlora", "RandLoraConfig", "RandLora"),
     "MISS": Method("miss", "MissConfig", "Miss"),
     "HIRA": Method("hira", "HiraConfig", "Hira"),
     "VBLORA": Method("vblora", "VBLoRAConfig", "VBLoRA"),

@@ -100,6 +100,8 @@ ROWS = [
     Row("MISS", {"r": 5}),
     Row("MISS", {"r": 4, "init_weights": "mini", "mini_r": 4}),
     Row("MISS", {"r": 4, "init_weights": "bat"}, without=("conv2d_grouped",)),
+    Row("RANDLORA", {"r": 4, "randlora_alpha": 10}),
+    Row("RANDLORA", {"r": 3, "randlora_alpha": 10, "sparse": True, "save_projection": False}),
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")

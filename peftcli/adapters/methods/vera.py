@@ -6,6 +6,7 @@ A [r, largest in] and B [largest out, r] come from a seed; a module takes the fi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -54,22 +55,26 @@ class VeraConfig(TunerConfig):
     init_weights: bool = True
 
     def check_beside(self, others: list[PeftConfig]) -> None:
-        for other in others:
-            if not isinstance(other, VeraConfig):
-                continue
-            if other.projection_prng_key != self.projection_prng_key:
-                raise InputError(
-                    "Vera PRNG initialisation key must be the same for all adapters. Got "
-                    f"config.projection_prng_key={self.projection_prng_key} but previous config had "
-                    f"{other.projection_prng_key}.",
-                    field="projection_prng_key",
-                )
-            if other.save_projection != self.save_projection:
-                raise InputError(
-                    "VeRA projection weights must be saved for all adapters or none, but got multiple different "
-                    "values: [False, True]",
-                    field="save_projection",
-                )
+        check_projections("Vera", self, [other for other in others if isinstance(other, VeraConfig)])
+
+
+def check_projections(method: str, config: Any, others: Iterable[Any]) -> None:
+    """Refuse adapters of a model that disagree on their shared projections, in PEFT's words."""
+    for other in others:
+        if other.projection_prng_key != config.projection_prng_key:
+            raise InputError(
+                f"{method} PRNG initialisation key must be the same for all adapters. Got "
+                f"config.projection_prng_key={config.projection_prng_key} but previous config had "
+                f"{other.projection_prng_key}.",
+                field="projection_prng_key",
+            )
+        if other.save_projection != config.save_projection:
+            name = "VeRA" if method == "Vera" else method
+            raise InputError(
+                f"{name} projection weights must be saved for all adapters or none, but got multiple different "
+                "values: [False, True]",
+                field="save_projection",
+            )
 
 
 class Vera(LowRankAdapter):
