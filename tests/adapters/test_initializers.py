@@ -19,6 +19,7 @@ from peftcli import (
     preprocess_corda,
     preprocess_loraga,
 )
+from peftcli.adapters.initializers.corda import corda
 from peftcli.adapters.initializers.eva import IncrementalPCA
 from peftcli.adapters.initializers.loftq import loftq, normal_float_levels, quantize_dequantize
 from peftcli.adapters.initializers.olora import olora
@@ -111,6 +112,10 @@ def test_a_raw_file_of_another_tool_gets_its_start_from_the_base(init: str, tmp_
 def test_a_start_needs_a_rank_the_weight_has() -> None:
     with pytest.raises(ValueError, match="rank 12"):
         get_peft_model(base(), config("pissa", r=12))
+    with pytest.raises(ValueError, match="rank 12"):
+        loftq(torch.ones(8, 16), 12, 1.0, bits=4, iterations=1)
+    with pytest.raises(ValueError, match="rank 12"):
+        corda(torch.ones(8, 16), torch.eye(16), 12, 1.0, "ipm")
 
 
 @pytest.mark.parametrize(("bits", "levels"), [(2, 4), (4, 16), (8, 256)])

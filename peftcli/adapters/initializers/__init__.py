@@ -42,10 +42,19 @@ def start_factors(init: str, weight: Tensor, r: int, scaling: float) -> tuple[Te
             "Subsequently, re-quantize the residual model to help minimize quantization errors.",
             field="init_lora_weights",
         )
-    if r > min(weight.shape):
-        raise InputError(f"{init} of rank {r} on a weight of shape {list(weight.shape)}", field="r")
+    require_rank(init, r, weight)
     weight = weight.float()
     if init == "olora":
         return olora(weight, r, scaling)
     iterations = int(init.rpartition("_")[2]) if init != "pissa" else None
     return pissa(weight, r, scaling, iterations)
+
+
+def require_rank(init: str, r: int, weight: Tensor) -> None:
+    """Refuse a rank larger than the weight's: there are no more directions to start from.
+
+    Raises:
+        InputError: naming both.
+    """
+    if r > min(weight.shape):
+        raise InputError(f"{init} of rank {r} on a weight of shape {list(weight.shape)}", field="r")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from peftcli.adapters.initializers import require_rank
 from peftcli.adapters.initializers.observe import evaluating, inputs_seen, linear_sites
 from peftcli.errors import InputError
 from peftcli.lazy import torch
@@ -60,6 +61,7 @@ def preprocess_corda(model: nn.Module, lora_config: LoraConfig, run_model: Calla
 
 def corda(weight: Tensor, covariance: Tensor, r: int, scaling: float, method: str) -> tuple[Tensor, Tensor]:
     """A0 [r, in] and B0 [out, r] from W C = U S V^T: B0 A0 s = U S V^T C^-1 on the chosen directions."""
+    require_rank("corda", r, weight)
     covariance, inverse = _invertible(covariance)
     u, s, vh = torch.linalg.svd(weight @ covariance, full_matrices=False)
     chosen = slice(0, r) if method == "ipm" else slice(s.numel() - r, s.numel())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from peftcli.adapters.initializers import require_rank
 from peftcli.lazy import torch
 
 if TYPE_CHECKING:
@@ -27,7 +28,11 @@ def loftq(weight: Tensor, r: int, scaling: float, bits: int, iterations: int) ->
         scaling: LoRA's s.
         bits: 2, 4 or 8.
         iterations: alternations; at least 1.
+
+    Raises:
+        InputError: for a rank larger than the weight's.
     """
+    require_rank("loftq", r, weight)
     weight = weight.float()
     residual = weight
     for _ in range(iterations):
