@@ -189,7 +189,7 @@ class Adapter:
         return {key: p[key] for key in Adapter.file_tensors(self)}
 
     def restored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `stored`, for a method whose `file_tensors` are not its own."""
+        """The inverse of `stored`; also where values no shape can tell wrong (indices) are refused."""
         return tensors
 
     @classmethod

@@ -186,11 +186,15 @@ def _without_tied(attached: Attached, name: str, tensors: Mapping[str, Tensor], 
 
 
 def _restored(attached: Attached, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A file's tensors with those replaced that a method stores in another form than it uses."""
+    """A file's tensors with those replaced that a method stores in another form than it uses.
+
+    Raises:
+        InputError: if a method finds values it can't use.
+    """
     restored = dict(tensors)
     for path, layer in attached.layers():
         adapter = layer.adapters.get(name)
-        if adapter is None or adapter.file_tensors().keys() == Adapter.file_tensors(adapter).keys():
+        if adapter is None or type(adapter).restored is Adapter.restored:
             continue
         prefix, specs = f"{attached.key_prefix}{path}.", adapter.file_tensors()
         if all(prefix + part in restored and restored[prefix + part].shape == specs[part].shape for part in specs):

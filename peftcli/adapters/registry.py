@@ -47,6 +47,7 @@ METHODS: dict[str, Method] = {
     "VERA": Method("vera", "VeraConfig", "Vera"),
     "ADALORA": Method("adalora", "AdaLoraConfig", "AdaLora"),
     "RANDLORA": Method("randlora", "RandLoraConfig", "RandLora"),
+    "SHIRA": Method("shira", "ShiraConfig", "Shira"),
     "MISS": Method("miss", "MissConfig", "Miss"),
     "HIRA": Method("hira", "HiraConfig", "Hira"),
     "VBLORA": Method("vblora", "VBLoRAConfig", "VBLoRA"),

@@ -102,6 +102,7 @@ ROWS = [
     Row("MISS", {"r": 4, "init_weights": "bat"}, without=("conv2d_grouped",)),
     Row("RANDLORA", {"r": 4, "randlora_alpha": 10}),
     Row("RANDLORA", {"r": 3, "randlora_alpha": 10, "sparse": True, "save_projection": False}),
+    Row("SHIRA", {"r": 2, "random_seed": 1}),
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")

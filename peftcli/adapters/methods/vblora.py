@@ -143,6 +143,8 @@ class VBLoRA(LowRankAdapter):
 
     def restored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Logits whose softmax over the chosen vectors gives the stored weights; minus infinity for all others."""
+        if not self.config.save_only_topk_weights:
+            return tensors
         logits = {}
         for name in LOGITS:
             chosen, weights = (tensors[f"{name}_topk_{part}"] for part in ("indices", "weights"))
