@@ -215,6 +215,17 @@ def test_a_prefix_and_checkpointing_are_refused_whichever_comes_first() -> None:
         ROWS[5].adapt(bare, "CAUSAL_LM")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("base", [BASES[0], BASES[2], BASES[5]], ids=str)
+@pytest.mark.parametrize("row", [ROWS[0], ROWS[2], ROWS[3], ROWS[5]], ids=str)
+def test_compiles_in_one_graph(row: Row, base: Base) -> None:
+    """But for an LSTM, which torch.compile leaves to a graph of its own."""
+    torch._dynamo.reset()
+    model, _, inputs = adapted(row, base)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_equal([compiled(**inputs).logits], [model(**inputs).logits], exact=False)
+
+
 # -- generation -----------------------------------------------------------------------------------------------------
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
