@@ -64,13 +64,13 @@ def command(
 
     from peftcli.evaluation.compare import compare
 
-    model, tokenizer = subject.load()
+    tokenizer = subject.tokenizer()
     samples, warnings = subject.data(tokenizer, data, format=format, max_samples=max_samples)
     for warning in warnings:
         console.note(f"warning: {warning}")
     with _progress() as progress:
         comparison = compare(
-            model,
+            subject.load(),
             tokenizer,
             samples,
             names,

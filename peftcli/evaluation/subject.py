@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.adapters.config import CONFIG_NAME, TaskType, read_config
-from peftcli.errors import InputError, printable
+from peftcli.errors import InputError, nearest, printable
 from peftcli.recipe.adapter_section import FULL
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import DataSection, DataSource, ModelSection, QuantizationSection, Recipe
+from peftcli.recipe.support import FORMATS
 
 if TYPE_CHECKING:
     from peftcli.data.tokens import TokenDataset
@@ -44,13 +45,18 @@ class Subject:
         """Whether it was trained under bfloat16 autocast."""
         return self.recipe is not None and self.recipe.training.bf16
 
-    def load(self) -> tuple[Any, Any]:
-        """The base with its adapter, in eval mode, and the tokenizer."""
-        from peftcli import PeftModel
-        from peftcli.training.model import load_base, load_tokenizer
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        from peftcli.training.model import load_tokenizer
 
-        base = load_base(self.model, self.quantization)
-        return PeftModel.from_pretrained(base, self.adapter), load_tokenizer(self.model)
+        return load_tokenizer(self.model)
+
+    def load(self) -> Any:
+        """The base with its adapter, a PeftModel in eval mode."""
+        from peftcli import PeftModel
+        from peftcli.training.model import load_base
+
+        return PeftModel.from_pretrained(load_base(self.model, self.quantization), self.adapter)
 
     def data(
         self, tokenizer: Any, path: str | None, *, format: str | None = None, max_samples: int | None = None
@@ -95,6 +101,9 @@ class Subject:
 
     def _section(self, path: str, format: str | None, max_samples: int | None) -> DataSection:
         """The recipe's data section with `path` in place of its sources; columns and format are theirs."""
+        if format is not None and format not in FORMATS:
+            problem, close = f"{printable(repr(format))} is not a format", str(nearest(format, FORMATS))
+            raise InputError(problem, field="--format", allowed=", ".join(FORMATS), fix=close or None)
         trained = self.recipe.data if self.recipe else None
         first = trained.train[0] if trained else None
         source = DataSource(

@@ -63,6 +63,8 @@ def test_another_file_is_read_as_the_training_data_was(run: Path) -> None:
     assert (section.max_length, section.loss_on, section.eval) == (99, "completion", None)
     [source] = find_subject(str(run))._section("test.jsonl", "chat", None).train
     assert (source.columns, source.format) == (None, "chat")
+    with pytest.raises(InputError, match="did you mean `chat`"):
+        find_subject(str(run))._section("test.jsonl", "chta", None)
 
 
 @pytest.mark.parametrize(
