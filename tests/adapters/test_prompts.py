@@ -34,7 +34,7 @@ PLAIN = [ROWS[0], ROWS[2]]
 """Methods whose prompt can be written down, one with and one without tasks."""
 
 table = pytest.mark.parametrize(
-    ("row", "base"), [pytest.param(row, base, id=f"{row}-{base}") for row in ROWS for base in BASES]
+    ("row", "base"), [pytest.param(row, base, id=f"{row}-{base}") for row in ROWS if row != ROWS[1] for base in BASES]
 )
 words_in_front = pytest.mark.parametrize(
     ("row", "base"), [pytest.param(row, base, id=f"{row}-{base}") for row in PLAIN for base in BASES]
@@ -216,8 +216,7 @@ def test_a_prefix_and_checkpointing_are_refused_whichever_comes_first() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("base", [BASES[0], BASES[2], BASES[5]], ids=str)
-@pytest.mark.parametrize("row", [ROWS[0], ROWS[2], ROWS[3], ROWS[5]], ids=str)
+@pytest.mark.parametrize(("row", "base"), [(ROWS[2], BASES[0]), (ROWS[3], BASES[5]), (ROWS[5], BASES[2])], ids=str)
 def test_compiles_in_one_graph(row: Row, base: Base) -> None:
     """But for an LSTM, which torch.compile leaves to a graph of its own."""
     torch._dynamo.reset()
