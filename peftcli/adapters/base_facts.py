@@ -141,12 +141,13 @@ def read_base(folder: Path) -> BaseFacts:
     """
     config = read_strict_json(folder / "config.json")
     tensors: dict[str, TensorInfo] = {}
-    for name in _weight_files(folder):
+    for name in weight_files(folder):
         tensors |= read_header(folder / name).tensors
     return BaseFacts(folder, config, tensors)
 
 
-def _weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files in a base model's folder; [] if its weights are of another kind. Raises as above."""
     if _is_file(folder / WEIGHTS):
         return [WEIGHTS]
     if not _is_file(folder / INDEX):

@@ -7,7 +7,6 @@ people rely on it; `cat` and the `svd` types are exact sums. Where PEFT gets sca
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -20,16 +19,8 @@ from peftcli.adapters.engine import Attached
 from peftcli.adapters.layer import AdapterLayer
 from peftcli.adapters.methods.lora import Lora, LoraConfig
 from peftcli.errors import InputError
-from peftcli.merging.operators import OPERATORS, Settings, SignMethod
-
-SVD_TYPES = {
-    "svd": "linear",
-    "ties_svd": "ties",
-    "dare_linear_svd": "dare_linear",
-    "dare_ties_svd": "dare_ties",
-    "magnitude_prune_svd": "magnitude_prune",
-}
-COMBINATION_TYPES = [*OPERATORS, "cat", *SVD_TYPES]
+from peftcli.merging.factors import combine_factors
+from peftcli.merging.operators import COMBINATION_TYPES, OPERATORS, SVD_TYPES, Settings, SignMethod
 
 
 @dataclass(frozen=True)
@@ -161,19 +152,7 @@ def _by_factors(
         a, b = adapter.factors(layer.tensors(name))
         factors.append((a.detach(), b.detach() / adapter.scaling))
         scalings.append(weight * adapter.scaling)
-    if kind == "cat":
-        stacked = [a * scaling for (a, _), scaling in zip(factors, scalings, strict=True)]
-        return torch.cat(stacked), torch.cat([b for _, b in factors], dim=1)
-    if len({a.shape for a, _ in factors}) > 1:
-        raise InputError(
-            "All adapters must have the same r value when using combination_type linear, ties, dare_ties or dare_linear.",
-            place=layer.site.name,
-        )
-    # The root of |w s| goes to both factors and the sign to A, so that a single parent comes out as w s B A.
-    roots = [math.sqrt(abs(scaling)) for scaling in scalings]
-    signed = [math.copysign(root, scaling) for root, scaling in zip(roots, scalings, strict=True)]
-    operator = OPERATORS[kind]
-    return operator([a for a, _ in factors], signed, settings), operator([b for _, b in factors], roots, settings)
+    return combine_factors(factors, scalings, kind, settings, place=layer.site.name)
 
 
 def _by_svd(

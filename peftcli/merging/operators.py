@@ -74,6 +74,18 @@ OPERATORS: dict[str, Operator] = {
 }
 
 
+SVD_TYPES = {
+    "svd": "linear",
+    "ties_svd": "ties",
+    "dare_linear_svd": "dare_linear",
+    "dare_ties_svd": "dare_ties",
+    "magnitude_prune_svd": "magnitude_prune",
+}
+"""PEFT's types that merge whole updates, and the operator each applies to them."""
+
+COMBINATION_TYPES = [*OPERATORS, "cat", *SVD_TYPES]
+
+
 def disjoint_merge(tensors: Sequence[Tensor], weights: Sequence[float], settings: Settings) -> Tensor:
     """Sum of w_i t_i over the values that have the majority's sign, divided by how many they are."""
     majority = majority_sign(tensors, settings.majority_sign_method)

@@ -1,0 +1,86 @@
+"""Factors written as a LoRA adapter: names, shapes, and a config that means exactly them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcli.adapters.base import SiteShape
+from peftcli.adapters.config import CONFIG_NAME, PeftConfig, TunerConfig
+from peftcli.adapters.keys import PREFIX
+from peftcli.adapters.methods.lora import LoraConfig
+from peftcli.adapters.targets import DUMMY_TARGET_MODULES
+from peftcli.merging.algebra import LowRank
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def lora_tensors(shape: SiteShape, factors: LowRank) -> dict[str, Tensor]:
+    """The tensors of one module by their key in the file, float32; the scaling is 1."""
+    a, b = factors.a.float(), factors.b.float()
+    prefix = f"{PREFIX}{shape.name}."
+    if shape.kind == "embedding":
+        return {f"{prefix}lora_embedding_A": a, f"{prefix}lora_embedding_B": b}
+    if shape.kind == "conv":
+        a = a.reshape(len(a), -1, *shape.kernel)
+        b = b.reshape(*b.shape, *(1,) * len(shape.kernel))
+    return {f"{prefix}lora_A.weight": a, f"{prefix}lora_B.weight": b}
+
+
+def lora_config(parents: list[PeftConfig], ranks: Mapping[str, int], **fields: Any) -> LoraConfig:
+    """The config of factors whose scaling is 1: alpha is the rank everywhere.
+
+    Args:
+        parents: configs of the adapters it comes from; the first names base and task.
+        ranks: rank of each module.
+        fields: values that differ from that.
+    """
+    first = parents[0]
+    counts = Counter(ranks.values())
+    r = max(ranks.values(), key=lambda rank: (counts[rank], rank)) if ranks else 1
+    other = {pattern_key(module, ranks): rank for module, rank in ranks.items() if rank != r}
+    values: dict[str, Any] = {
+        "task_type": first.task_type,
+        "base_model_name_or_path": first.base_model_name_or_path,
+        "revision": first.revision,
+        "auto_mapping": first.auto_mapping,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": r,
+        "rank_pattern": other,
+        "alpha_pattern": dict(other),
+        "target_modules": target_modules(parents, ranks) if ranks else [DUMMY_TARGET_MODULES],
+        "fan_in_fan_out": any(getattr(parent, "fan_in_fan_out", False) for parent in parents),
+        "layer_replication": getattr(first, "layer_replication", None),
+    }
+    return LoraConfig(**{**values, **fields})
+
+
+def target_modules(parents: Iterable[PeftConfig], modules: Iterable[str]) -> list[str]:
+    """Names that mean these modules: the parents' own lists where those are plain, else each module by its path."""
+    names: set[str] = set()
+    for parent in parents:
+        targets = getattr(parent, "target_modules", None)
+        plain = isinstance(parent, TunerConfig) and isinstance(targets, (set, list))
+        if not plain or parent.layers_to_transform is not None or parent.exclude_modules:  # type: ignore[attr-defined]
+            return sorted(modules)
+        names |= set(targets)
+    used = {name for name in names if any(f".{module}".endswith(f".{name}") for module in modules)}
+    reached = all(any(f".{module}".endswith(f".{name}") for name in used) for module in modules)
+    return sorted(used if reached else modules)
+
+
+def pattern_key(module: str, modules: Iterable[str]) -> str:
+    """A key of rank_pattern that matches one module in every PEFT: 0.13.0 wants something before its dot."""
+    shorter = module.partition(".")[2]
+    if shorter and sum(f".{other}".endswith(f".{shorter}") for other in modules) == 1:
+        return shorter
+    return module
+
+
+def write_config(folder: Path, config: PeftConfig) -> None:
+    """Write `adapter_config.json`."""
+    (folder / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")

@@ -1,0 +1,344 @@
+"""`peft merge`: several adapters' files into one adapter, module by module, without the base model.
+
+In delta space (the default) the updates dW themselves are merged. `cat` keeps the factors side by side, `linear` brings
+the same sum to the fewest directions, `svd` to those of the largest parent; the other operators work on the matrices and
+come back by SVD. In factor space A is merged with A and B with B, as PEFT's `add_weighted_adapter` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from peftcli.adapters.audit import WEIGHTS_NAME
+from peftcli.adapters.base import SiteShape
+from peftcli.adapters.config import CONFIG_NAME
+from peftcli.adapters.keys import PREFIX
+from peftcli.adapters.methods.lora import Lora
+from peftcli.errors import InputError, InputErrors, printable
+from peftcli.lazy import torch
+from peftcli.merging.algebra import Compressed, LowRank, Rank, Update, compress, inner, sign_conflicts, stack
+from peftcli.merging.algebra import Dense as DenseUpdate
+from peftcli.merging.base_weights import BaseWeights
+from peftcli.merging.copies import check_full_weights, copy_fields, merged_copy
+from peftcli.merging.factors import combine_factors
+from peftcli.merging.lora_file import lora_config, lora_tensors, write_config
+from peftcli.merging.operators import COMBINATION_TYPES, OPERATORS, SVD_TYPES, Settings, SignMethod, checked_density
+from peftcli.merging.output import new_folder, require_free
+from peftcli.merging.report import MergeReport, ModuleReport, card, write_report
+from peftcli.merging.source import Source
+from peftcli.merging.tensors import TensorWriter
+from peftcli.merging.vectors import check_scales, merged_scale, scale_config
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+Space = Literal["delta", "factors"]
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """What is asked of a merge.
+
+    Attributes:
+        method: one of PEFT's combination types.
+        weights: one for each adapter; 1 each where there are none.
+        density: share of values kept, one for all adapters or one for each; needed by types that prune.
+        majority_sign_method: see `operators.Settings`.
+        space: `delta` or `factors`.
+        rank: rank of the result; by default see `default_rank`.
+        seed: of DARE and of randomised decompositions.
+    """
+
+    method: str = "linear"
+    weights: tuple[float, ...] = ()
+    density: tuple[float, ...] = ()
+    majority_sign_method: SignMethod = "total"
+    space: Space = "delta"
+    rank: Rank | None = None
+    seed: int = 0
+
+    @property
+    def operator(self) -> str:
+        """The operator on whole tensors; `cat` and `svd` are the sum there."""
+        return SVD_TYPES.get(self.method, "linear" if self.method == "cat" else self.method)
+
+    @property
+    def prunes(self) -> bool:
+        return self.operator != "linear"
+
+    def resolved(self, count: int) -> MergeSettings:
+        """The same with a weight and, where needed, a density for each of `count` adapters.
+
+        Raises:
+            InputErrors: naming every setting that does not fit.
+        """
+        problems = []
+        if self.method not in COMBINATION_TYPES:
+            problems.append(
+                _setting(f"{printable(self.method)!r} is no method", "--method", ", ".join(COMBINATION_TYPES))
+            )
+        elif self.prunes and not self.density:
+            problems.append(_setting(f"{self.method} needs a density", "--density", "0 to 1, e.g. 0.2"))
+        if self.weights and len(self.weights) != count:
+            problems.append(
+                _setting(f"{len(self.weights)} weights for {count} adapters", "--weights", f"{count} numbers")
+            )
+        if len(self.density) not in (0, 1, count):
+            problems.append(
+                _setting(f"{len(self.density)} densities for {count} adapters", "--density", f"1 or {count}")
+            )
+        if self.majority_sign_method not in ("total", "frequency"):
+            problems.append(_setting("is no sign method", "--majority-sign-method", "total, frequency"))
+        for density in self.density:
+            try:
+                checked_density(density)
+            except InputError as error:
+                problems.append(error)
+        if problems:
+            raise InputErrors(problems)
+        density = self.density * count if len(self.density) == 1 else self.density
+        return replace(self, weights=self.weights or (1.0,) * count, density=density if self.prunes else ())
+
+
+def _setting(problem: str, field: str, allowed: str) -> InputError:
+    return InputError(problem, field=field, allowed=allowed)
+
+
+def merge_adapters(
+    folders: Sequence[Path], output: Path, settings: MergeSettings, *, base: Path | None = None, overwrite: bool = False
+) -> MergeReport:
+    """Merge adapter folders into a new one.
+
+    Args:
+        folders: the adapters.
+        output: the folder to write.
+        settings: how.
+        base: the base model's folder; needed for methods whose update depends on it and for modules trained in full.
+        overwrite: replace an earlier result.
+
+    Raises:
+        InputError: for adapters that are broken, do not belong together, or hold what can't be merged.
+    """
+    settings = settings.resolved(len(folders))
+    inputs = [*folders, *([base] if base else [])]
+    require_free(output, inputs=inputs, overwrite=overwrite)
+    weights = BaseWeights(base) if base else None
+    sources = [Source(folder, weights) for folder in folders]
+    size = 4 * sum(source.audit.file.size for source in sources)
+    with new_folder(output, inputs=inputs, overwrite=overwrite, size=size) as folder:
+        report = _write(folder, sources, settings, weights)
+        write_report(folder, report)
+        (folder / "README.md").write_text(card(report, output.resolve().name), encoding="utf-8")
+    return report
+
+
+def _write(folder: Path, sources: list[Source], settings: MergeSettings, base: BaseWeights | None) -> MergeReport:
+    if len(sources) == 1 and settings.weights == (1.0,) and not settings.prunes and settings.rank is None:
+        return _copied(folder, sources[0], settings)
+    check_together(sources, named=base is not None)
+    merge = _Merge(sources, settings, base)
+    check_full_weights(merge.sources, base)
+    writer = TensorWriter(folder / WEIGHTS_NAME)
+    config, rows = merge.scales(writer) if merge.is_ia3 else merge.matrices(writer)
+    for name in sorted({name for source in sources for name in source.copies}):
+        assert base is not None
+        settings_here = merge.operator_settings(name)
+        copy = merged_copy(name, merge.sources, merge.weights, settings.operator, settings_here, base)
+        writer.add(PREFIX + name, copy)
+    writer.close()
+    write_config(folder, config)
+    return merge.report(rows, config)
+
+
+def _copied(folder: Path, source: Source, settings: MergeSettings) -> MergeReport:
+    """One adapter with weight 1 is itself, whatever its method; a `.bin` becomes safetensors."""
+    writer = TensorWriter(folder / WEIGHTS_NAME)
+    for info in source.audit.file.tensors.values():
+        writer.add(info.name, source.read(info))
+    writer.close()
+    shutil.copyfile(source.folder / CONFIG_NAME, folder / CONFIG_NAME)
+    return MergeReport.of([source], settings, [], source.config, cosines=[[1.0]])
+
+
+def check_together(sources: Sequence[Source], *, named: bool) -> None:
+    """Refuse adapters of different bases or shapes, and those without anything to merge.
+
+    Args:
+        named: whether the base was given; then names may differ (a folder, an id), since shapes are compared with it.
+    """
+    problems = []
+    bases = {source.config.base_model_name_or_path for source in sources} - {None}
+    if len(bases) > 1 and not named:
+        problems.append(
+            InputError(
+                f"the adapters name different bases: {', '.join(sorted(map(printable, bases)))}",
+                fix="if these are one model, name it: --base FOLDER",
+            )
+        )
+    tasks = {str(source.config.task_type) for source in sources if source.config.task_type}
+    if len(tasks) > 1:
+        problems.append(InputError(f"the adapters are for different tasks: {', '.join(sorted(tasks))}"))
+    if len({repr(getattr(source.config, "layer_replication", None)) for source in sources}) > 1:
+        problems.append(InputError("the adapters replicate different layers", field="layer_replication"))
+    shapes: dict[str, tuple[SiteShape, Source]] = {}
+    for source in sources:
+        if source.part is None:
+            problems.append(InputError(f"{source.what} adapters have no update to merge", place=source.folder))
+            continue
+        for fit in source.part.fits.values():
+            first, owner = shapes.setdefault(fit.shape.name, (fit.shape, source))
+            if _differ(first, fit.shape):
+                text = f"{fit.shape.name} is {list(fit.shape.matrix)} here and {list(first.matrix)} in {owner.folder}"
+                problems.append(InputError(text, place=source.folder))
+    if problems:
+        raise problems[0] if len(problems) == 1 else InputErrors(problems)
+
+
+def _differ(first: SiteShape, second: SiteShape) -> bool:
+    """Whether two shapes can't be one module's; 0 is a size that the files don't tell."""
+    sizes = zip(first.matrix, second.matrix, strict=True)
+    return first.kind != second.kind or any(0 not in pair and pair[0] != pair[1] for pair in sizes)
+
+
+class _Merge:
+    """One merge. Adapters are taken in the order of their hashes, so that the order they are named in changes nothing."""
+
+    def __init__(self, sources: Sequence[Source], settings: MergeSettings, base: BaseWeights | None) -> None:
+        density: Iterable[float | None] = settings.density or (None,) * len(sources)
+        rows = sorted(
+            zip(sources, settings.weights, density, strict=True), key=lambda row: (row[0].sha256, row[1], row[2] or 0)
+        )
+        self.given, self.settings, self.base = list(sources), settings, base
+        self.sources = [source for source, _, _ in rows]
+        self.weights = [weight for _, weight, _ in rows]
+        self.density = [kept for _, _, kept in rows if kept is not None]
+        self._products = torch.zeros(len(sources), len(sources), dtype=torch.float64)
+
+    @property
+    def is_ia3(self) -> bool:
+        return all(source.config.peft_type == "IA3" for source in self.sources)
+
+    def generator(self, place: str) -> Generator:
+        """Randomness of one module: it depends on the seed and the name, not on what was drawn before."""
+        digest = hashlib.sha256(f"{self.settings.seed}:{place}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+    def operator_settings(self, place: str, here: Sequence[int] | None = None) -> Settings:
+        density = [self.density[index] for index in here] if here is not None and self.density else self.density
+        return Settings(density, self.settings.majority_sign_method, self.generator(place))
+
+    def modules(self) -> Iterator[tuple[str, list[int], SiteShape]]:
+        """Each module any adapter adapts: its name, which adapters do, and its shape."""
+        names = sorted({module for source in self.sources for module in source.paths}, key=_natural)
+        for name in names:
+            here = [index for index, source in enumerate(self.sources) if name in source.paths]
+            shapes = [self.sources[index].adapter(name).shape for index in here]
+            yield name, here, max(shapes, key=lambda shape: min(shape.matrix))
+
+    # -- scales ---------------------------------------------------------------------------------------------------
+
+    def scales(self, writer: TensorWriter) -> tuple[Any, list[ModuleReport]]:
+        """IA3: writes the merged scales; gives the config."""
+        check_scales(self.sources, self.settings.method)
+        centre = 1.0 if self.settings.space == "delta" else 0.0
+        names = []
+        for name, _, _ in self.modules():
+            names.append(name)
+            operator, settings = self.settings.operator, self.operator_settings(name)
+            writer.add(*merged_scale(name, self.sources, self.weights, operator, settings, centre=centre))
+        return scale_config(self.sources, names), []
+
+    # -- matrices -------------------------------------------------------------------------------------------------
+
+    def matrices(self, writer: TensorWriter) -> tuple[Any, list[ModuleReport]]:
+        """Writes LoRA factors of the merged updates; gives the config."""
+        ranks: dict[str, int] = {}
+        rows = []
+        for name, here, shape in self.modules():
+            updates = [self.sources[index].update(name) for index in here]
+            weights = [self.weights[index] for index in here]
+            merged = self._merged(name, here, updates, weights)
+            for key, tensor in lora_tensors(shape, merged.factors).items():
+                writer.add(key, tensor)
+            ranks[name] = merged.factors.rank
+            self._count_products(here, updates)
+            rows.append(self._row(name, here, updates, weights, merged))
+        configs = [source.config for source in self.given]
+        fields = copy_fields(self.given)
+        if self.base is not None:
+            fields["fan_in_fan_out"] = any(
+                self.base.stores_transposed(shape) for _, _, shape in self.modules() if shape.kind == "linear"
+            )
+        return lora_config(configs, ranks, **fields), rows
+
+    def _merged(self, name: str, here: list[int], updates: list[Update], weights: list[float]) -> Compressed:
+        method, rank = self.settings.method, self.settings.rank
+        if self.settings.space == "factors" and method not in SVD_TYPES:
+            return self._in_factors(name, here, rank)
+        low = [update for update in updates if isinstance(update, LowRank)]
+        if self.settings.operator == "linear" and len(low) == len(updates):
+            stacked = stack(low, weights)
+            if method == "cat" and rank is None:
+                return Compressed(stacked, 1.0, stacked.norm())
+            rank = rank or (Rank(number=max(update.rank for update in low)) if method == "svd" else Rank())
+            return compress(stacked, rank, self.generator(name))
+        operator = OPERATORS[self.settings.operator]
+        matrix = operator([update.dense() for update in updates], weights, self.operator_settings(name, here))
+        return compress(DenseUpdate(matrix, 1), rank or self._default_rank(updates), self.generator(name))
+
+    def _default_rank(self, updates: list[Update]) -> Rank:
+        """Of a merged matrix: the parents' ranks together, or for the `svd` types the largest of them, as in PEFT."""
+        ranks = [update.rank for update in updates]
+        return Rank(number=max(ranks) if self.settings.method in SVD_TYPES else sum(ranks))
+
+    def _in_factors(self, name: str, here: list[int], rank: Rank | None) -> Compressed:
+        factors, scalings = [], []
+        for index in here:
+            source = self.sources[index]
+            adapter = source.adapter(name)
+            if type(adapter) is not Lora:
+                raise InputError(
+                    f"{source.what} has no factors A and B alone to merge", place=source.folder, fix="--space delta"
+                )
+            pair = adapter.pair(source.tensors(name, adapter))
+            factors.append(cast("tuple[Tensor, Tensor]", tuple(factor.flatten(1) for factor in pair)))
+            scalings.append(self.weights[index] * adapter.scaling)
+        a, b = combine_factors(factors, scalings, self.settings.method, self.operator_settings(name, here), place=name)
+        product = LowRank(a.double(), b.double())
+        return compress(product, rank, self.generator(name)) if rank else Compressed(product, 1.0, product.norm())
+
+    # -- report ---------------------------------------------------------------------------------------------------
+
+    def _count_products(self, here: list[int], updates: list[Update]) -> None:
+        for i, first in zip(here, updates, strict=True):
+            for j, second in zip(here, updates, strict=True):
+                if i <= j:
+                    self._products[i, j] += inner(first, second)
+
+    def _row(
+        self, name: str, here: list[int], updates: list[Update], weights: list[float], merged: Compressed
+    ) -> ModuleReport:
+        norms: list[float | None] = [None] * len(self.sources)
+        for index, update in zip(here, updates, strict=True):
+            norms[self.given.index(self.sources[index])] = update.norm()
+        conflicts = sign_conflicts(updates, weights) if len(updates) > 1 else None
+        return ModuleReport(name, merged.factors.rank, merged.norm, merged.energy, conflicts, norms)
+
+    def report(self, rows: list[ModuleReport], config: Any) -> MergeReport:
+        """What the merge came to, adapters in the order they were named in."""
+        order = [self.sources.index(source) for source in self.given]
+        products = self._products.triu() + self._products.triu(1).T
+        size = products.diagonal().clamp_min(0).sqrt()
+        scale = (size[:, None] * size).clamp_min(1e-300)
+        cosines = (products / scale)[order][:, order].tolist()
+        return MergeReport.of(self.given, self.settings, rows, config, cosines=cosines if rows else [])
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Layer 10 after layer 9."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]

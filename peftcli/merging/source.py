@@ -1,0 +1,193 @@
+"""An adapter's files as updates: one module at a time, without a model."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcli.adapters.audit import Audit, audit_folder
+from peftcli.adapters.audit_modules import Part
+from peftcli.adapters.base import Adapter, DeltaAdapter, LowRankAdapter, Tensors, fill
+from peftcli.adapters.header import TensorInfo
+from peftcli.adapters.keys import PREFIX
+from peftcli.errors import InputError, InputErrors
+from peftcli.files import open_regular
+from peftcli.lazy import torch
+from peftcli.merging.algebra import Dense, LowRank, Update
+from peftcli.merging.base_weights import BaseWeights
+from peftcli.merging.tensors import read_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+USUAL_RANK = 16
+"""Given to the update of a method that has no rank."""
+
+
+class Source:
+    """An adapter folder, checked and opened.
+
+    Args:
+        folder: holds the adapter.
+        base: the base model, for methods whose update depends on it.
+
+    Raises:
+        InputErrors: what `peft inspect --check` finds wrong with it.
+    """
+
+    def __init__(self, folder: Path, base: BaseWeights | None = None) -> None:
+        self.folder, self.base = folder, base
+        self.audit: Audit = audit_folder(folder, base=base.folder if base else None)
+        if self.audit.errors:
+            raise self.audit.errors[0] if len(self.audit.errors) == 1 else InputErrors(self.audit.errors)
+        self.config: Any = self.audit.config
+        self.name = folder.resolve().name
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the weights' file: what a card names a parent by."""
+        digest = hashlib.sha256()
+        with open_regular(self.audit.file.path) as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    @property
+    def part(self) -> Part | None:
+        """The method's own tensors; None for a prompt."""
+        return self.audit.contents.parts[0] if self.audit.contents.parts else None
+
+    @property
+    def companions(self) -> list[Part]:
+        """What else the adapter does at modules of their own: trainable tokens."""
+        return [part for part in self.audit.contents.parts[1:] if part.modules]
+
+    @cached_property
+    def paths(self) -> dict[str, str]:
+        """Each adapted module's path in the base, and its path in the file."""
+        return {fit.shape.name: path for path, fit in self.part.fits.items()} if self.part else {}
+
+    @property
+    def copies(self) -> dict[str, TensorInfo]:
+        """Tensors of modules and biases trained in full, by their name in the base."""
+        copies = self.audit.copies.items()
+        return {key.removeprefix(PREFIX).replace(".base_layer.", "."): info for key, info in copies}
+
+    def read(self, info: TensorInfo) -> Tensor:
+        """One of its tensors as it is stored."""
+        return read_tensor(self.audit.file.path, info)
+
+    def adapter(self, module: str, part: Part | None = None) -> Adapter:
+        """The method at a module, able to read the base weight."""
+        part = part or self.part
+        assert part is not None
+        fit = part.fits[self.paths[module] if part is self.part else module]
+        return type(fit.adapter)(fit.adapter.config, fit.shape, lambda: self._weight(fit.shape))
+
+    def _weight(self, shape: Any) -> Tensor:
+        if self.base is None:
+            raise InputError(
+                f"what {self.what} does at {shape.name} depends on the base's weight",
+                place=self.folder,
+                fix="name the base: --base FOLDER",
+            )
+        return self.base.matrix(shape)
+
+    @property
+    def what(self) -> str:
+        """The method, as a message names it."""
+        return "DoRA" if getattr(self.config, "use_dora", False) else self.config.peft_type
+
+    @cached_property
+    def shared(self) -> dict[str, Tensor]:
+        """Tensors kept once a model: read, or made again from their seed."""
+        assert self.part is not None
+        adapters = [self.adapter(module) for module in self.paths]
+        specs = {key: spec for adapter in adapters for key, spec in adapter.tensors().items() if spec.shared}
+        made = type(adapters[0]).make_shared(adapters, self.config) if adapters and specs else {}
+        tensors = {}
+        for key, spec in specs.items():
+            if key in self.part.shared:
+                tensors[key] = _float(self.read(self.part.shared[key]))
+            elif key in made:
+                tensors[key] = made[key]
+            else:
+                tensors[key] = torch.empty(spec.shape)
+                fill(tensors[key], spec.init)
+        return tensors
+
+    def tensors(self, module: str, adapter: Adapter) -> Tensors:
+        """The adapter's tensors at a module as its equation wants them, in float32."""
+        assert self.part is not None
+        held = {name: _float(self.read(info)) for name, info in self.part.modules[self.paths[module]].items()}
+        return loaded(adapter, held, self.shared if _has_shared(adapter) else {})
+
+    def update(self, module: str) -> Update:
+        """What the adapter adds to a module's weight [out, in].
+
+        Raises:
+            InputError: if the method adds nothing to a weight, or needs the base and there is none.
+        """
+        adapter = self.adapter(module)
+        if not adapter.mergeable or adapter.shape.kind == "parameter" or adapter.shape.kind == "module":
+            raise InputError(
+                f"{self.what} at {module} is no update of a weight matrix, so it can't be merged with others",
+                place=self.folder,
+            )
+        if 0 in adapter.shape.matrix and self.base is None:
+            self._weight(adapter.shape)
+        p = self.tensors(module, adapter)
+        if "lora_B.bias" in p:
+            raise InputError("has `lora_bias`: a bias is no part of B A", place=self.folder, field="lora_bias")
+        if isinstance(adapter, LowRankAdapter) and type(adapter).delta is LowRankAdapter.delta:
+            a, b = adapter.factors(p)
+            return LowRank(a.double(), b.double())
+        if isinstance(adapter, DeltaAdapter):
+            return Dense(adapter.delta(p), self._nominal_rank(adapter))
+        weight = self._weight(adapter.shape)
+        self._require_same_bias(adapter, p)
+        return Dense(adapter.merged_weight(p, weight) - weight, self._nominal_rank(adapter))
+
+    def _require_same_bias(self, adapter: Adapter, p: Tensors) -> None:
+        """A method that turns outputs turns the bias with them, which no update of the weight can do."""
+        if adapter.shape.has_bias:
+            ones = torch.ones(adapter.shape.out_features)
+            if not torch.equal(adapter.merged_bias(p, ones), ones):
+                raise InputError(
+                    f"{self.what} changes the bias of {adapter.shape.name}, which LoRA can't",
+                    place=self.folder,
+                    fix="merge it into the base: peft export --to merged",
+                )
+
+    def _nominal_rank(self, adapter: Adapter) -> int:
+        rank = getattr(adapter, "r", None) or getattr(self.config, "r", None)
+        return min(rank or USUAL_RANK, *adapter.shape.matrix)
+
+
+def loaded(adapter: Adapter, held: dict[str, Tensor], shared: dict[str, Tensor]) -> Tensors:
+    """A module's tensors from a file's, completed by those that files leave out."""
+    if adapter.file_tensors().keys() != Adapter.file_tensors(adapter).keys():
+        held = adapter.restored(held)
+    p = Tensors()
+    missing = {key: spec for key, spec in adapter.tensors().items() if not spec.shared and key not in held}
+    if missing:
+        with torch.no_grad():
+            for key, spec in adapter.tensors().items():
+                if not spec.shared:
+                    dtype = getattr(torch, spec.dtype) if spec.dtype else torch.float32
+                    p[key] = torch.empty(spec.shape, dtype=dtype)
+                    fill(p[key], spec.init)
+            adapter.regenerate(p)
+    p.update(held)
+    p.update(shared)
+    return p
+
+
+def _has_shared(adapter: Adapter) -> bool:
+    return any(spec.shared for spec in adapter.tensors().values())
+
+
+def _float(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
