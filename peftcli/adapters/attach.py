@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch  # noqa: TID253
 from torch import nn  # noqa: TID253
 
-from peftcli.adapters.base import Adapter, CopyAdapter, CopyNames, fill
+from peftcli.adapters.base import Adapter, CopyAdapter, CopyNames, DeltaAdapter, fill
 from peftcli.adapters.config import INPUT_EMBEDDINGS, PeftConfig, TunerConfig, as_set, as_tuner_config
 from peftcli.adapters.copies import MODULES_TO_SAVE, CopyLayer, TrainedBiases, trained_bias_owners
 from peftcli.adapters.engine import STATE, Attached, attached_to, base_modules, embeddings
@@ -138,6 +138,8 @@ def plan_sites(model: nn.Module, config: TunerConfig) -> list[tuple[Site, Adapte
         raise InputError("is adapted twice by one adapter", place=twice[0], field="target_modules")
     for _, adapter in planned:
         adapter.tensors()  # refuses settings that do not fit its module
+        if site.kind == "attention" and isinstance(adapter, DeltaAdapter) and adapter.drops:
+            raise InputError("nn.MultiheadAttention leaves no place for an adapter's dropout", place=site.name)
     return planned
 
 

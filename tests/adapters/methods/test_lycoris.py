@@ -67,3 +67,10 @@ def test_lokr_says_that_scaling_counts_where_it_does(alpha: int, told: bool, tmp
     again = LoKrConfig.from_pretrained(tmp_path)
     assert isinstance(again, LoKrConfig)
     assert (again.r, again.alpha) == (4, alpha)
+
+
+@pytest.mark.parametrize("options", [{"rank_dropout": 0.1}, {"module_dropout": 0.1}])
+def test_dropout_is_refused_where_it_could_not_act(options: dict[str, float]) -> None:
+    model = nn.ModuleDict({"site": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(ValueError, match="no place for an adapter's dropout"):
+        get_peft_model(model, LoHaConfig(target_modules=["site"], **options))
