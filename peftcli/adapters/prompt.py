@@ -44,7 +44,10 @@ class PromptEncoder(nn.Module):
         self.method = method
         with device:
             for name, part in method.parts().items():
-                setattr(self, name, part)
+                if isinstance(part, (nn.Module, nn.Parameter)):
+                    setattr(self, name, part)
+                else:
+                    self.register_buffer(name, part)
         self.to(torch.float32)
 
     @property

@@ -16,6 +16,8 @@ from peftcli.errors import InputError
 from peftcli.lazy import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
 
 Size = Annotated[int, Ge(1), Le(1_000_000)]
@@ -111,8 +113,8 @@ class PromptMethod:
         """Whether the prompt is an embedding's own rows. A loaded one is: files hold what an encoder gave, not itself."""
         return True
 
-    def parts(self) -> dict[str, nn.Module | nn.Parameter]:
-        """Fresh modules and parameters by PEFT's live names."""
+    def parts(self) -> dict[str, nn.Module | nn.Parameter | Tensor]:
+        """Fresh modules, parameters, and tensors that stay fixed, by PEFT's live names."""
         return {"embedding": torch.nn.Embedding(self.tokens, self.width)}
 
     def initialize(self, p: Any, words: nn.Embedding) -> None:
@@ -130,6 +132,9 @@ class PromptMethod:
         """The tensors that a file's keys stand for, where `is_plain`."""
         return {"prompt_embeddings": p.embedding.weight}
 
+    def accept(self, p: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Take in a file's tensors, in place, under no_grad, where `live` is not the tensors themselves."""
+
     def stored(self, p: Any) -> dict[str, Tensor]:
         """What the file holds, by key."""
         return self.live(p) if self.is_plain else {"prompt_embeddings": self.prompt(p)}
@@ -137,3 +142,12 @@ class PromptMethod:
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of what the file holds, by key."""
         return {"prompt_embeddings": (self.tokens, self.width)}
+
+
+def fixed_embedding(tokens: int, width: int) -> nn.Embedding:
+    """An embedding whose rows are not trained."""
+    embedding = torch.nn.Embedding(tokens, width)
+    weight = embedding.weight.detach()
+    del embedding.weight
+    embedding.register_buffer("weight", weight)
+    return embedding

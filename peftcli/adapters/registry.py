@@ -40,6 +40,8 @@ METHODS: dict[str, Method] = {
         "multitask_prompt_tuning", "MultitaskPromptTuningConfig", "MultitaskPromptTuning"
     ),
     "P_TUNING": Method("p_tuning", "PromptEncoderConfig", "PTuning"),
+    "CPT": Method("cpt", "CPTConfig", "Cpt"),
+    "CARTRIDGE": Method("cartridge", "CartridgeConfig", "Cartridge"),
     "PREFIX_TUNING": Method("prefix_tuning", "PrefixTuningConfig", "PrefixTuning"),
     "ADAPTION_PROMPT": Method("adaption_prompt", "AdaptionPromptConfig", "AdaptionPrompt"),
     "LOHA": Method("loha", "LoHaConfig", "LoHa"),
@@ -54,6 +56,7 @@ METHODS: dict[str, Method] = {
     "MISS": Method("miss", "MissConfig", "Miss"),
     "HIRA": Method("hira", "HiraConfig", "Hira"),
     "VBLORA": Method("vblora", "VBLoRAConfig", "VBLoRA"),
+    "XLORA": Method("xlora", "XLoraConfig", "XLora"),
     "FOURIERFT": Method("fourierft", "FourierFTConfig", "FourierFT"),
 }
 

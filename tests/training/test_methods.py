@@ -22,6 +22,7 @@ SHRUNK: dict[str, dict[str, Any]] = {
     "adalora": {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1},
     "boft": {"boft_block_size": 4},
     "c3a": {"block_size": 8},
+    "cpt": {"cpt_token_ids": [1, 2, 3, 4, 5, 6]},
     "eva": {"r": 2},
     "fourierft": {"n_frequency": 20},
     "lora-ga": {"r": 2},

@@ -83,7 +83,7 @@ class MultitaskPromptTuning(PromptTuning):
 
     in_decoder = True
 
-    def parts(self) -> dict[str, nn.Module | nn.Parameter]:
+    def parts(self) -> dict[str, nn.Module | nn.Parameter | Tensor]:
         shapes = self.stored_shapes()
         tasks = {name: shapes[name] for name in ("prefix_task_cols", "prefix_task_rows")}
         return super().parts() | {

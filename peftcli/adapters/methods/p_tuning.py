@@ -76,7 +76,7 @@ class PTuning(PromptMethod):
     def is_lstm(self) -> bool:
         return self.config.encoder_reparameterization_type == "LSTM"
 
-    def parts(self) -> dict[str, nn.Module | nn.Parameter]:
+    def parts(self) -> dict[str, nn.Module | nn.Parameter | Tensor]:
         if self.is_plain:
             return super().parts()
         nn, hidden = torch.nn, self.config.encoder_hidden_size

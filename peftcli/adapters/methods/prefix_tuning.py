@@ -65,7 +65,7 @@ class PrefixTuning(PromptMethod):
     def is_plain(self) -> bool:
         return self.config.inference_mode or not self.config.prefix_projection
 
-    def parts(self) -> dict[str, nn.Module | nn.Parameter]:
+    def parts(self) -> dict[str, nn.Module | nn.Parameter | Tensor]:
         if self.is_plain:
             return super().parts()
         nn, dim, hidden = torch.nn, self.config.token_dim, self.config.encoder_hidden_size
