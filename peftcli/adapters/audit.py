@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftcli.adapters.audit_copies import check_copies
+from peftcli.adapters.audit_gate import check_gate
 from peftcli.adapters.audit_modules import Contents, check_modules, sort_out
 from peftcli.adapters.audit_prompt import check_prompt
 from peftcli.adapters.audit_values import check_values
@@ -19,6 +20,7 @@ from peftcli.adapters.config import CONFIG_NAME, PeftConfig, TunerConfig, read_c
 from peftcli.adapters.findings import Findings
 from peftcli.adapters.fit import Fit, Found
 from peftcli.adapters.header import TensorFile, TensorInfo, read_header
+from peftcli.adapters.methods.xlora import XLoraConfig
 from peftcli.adapters.pickle_header import read_pickle_header
 from peftcli.adapters.values import Values
 from peftcli.errors import InputError, InputErrors, printable
@@ -99,6 +101,8 @@ def _audit(folder: Path, base: Path | None) -> Audit:
 
 def _check_tensors(config: PeftConfig, file: TensorFile, base: BaseFacts | None, findings: Findings) -> Contents:
     """Compare the method's tensors with what it states."""
+    if isinstance(config, XLoraConfig):
+        return check_gate(config, file, findings)
     if not isinstance(config, TunerConfig):
         return check_prompt(config, file, base, findings)
     contents = sort_out(file, config, findings)

@@ -32,7 +32,7 @@ def check_prompt(config: PeftConfig, file: TensorFile, base: BaseFacts | None, f
             findings.error("is missing", name)
         elif not agrees(spec, tensor):
             findings.error(_wrong_shape(config, tensor, spec), name)
-    return Contents(others=[(_key(name), tensor) for name, tensor in file.tensors.items() if name not in shapes])
+    return Contents(others=[(plain_key(name), tensor) for name, tensor in file.tensors.items() if name not in shapes])
 
 
 def _shapes(config: PeftConfig, base: BaseFacts | None) -> dict[str, TensorSpec]:
@@ -60,7 +60,7 @@ def _wrong_shape(config: PeftConfig, tensor: TensorInfo, spec: TensorSpec) -> st
     return f"is {list(tensor.shape)}, not {shown(spec.shape)} as {', '.join(said)} make it"
 
 
-def _key(name: str) -> Key:
+def plain_key(name: str) -> Key:
     """A prompt has no prefix; what is trained beside it has one, since nothing wraps the base."""
     module, _, parameter = name.removeprefix(SHARED_PREFIX).rpartition(".")
     return Key(name, module, parameter, False)

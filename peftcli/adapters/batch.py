@@ -47,6 +47,8 @@ def batch_facts(
 
 
 def _check(attached: Attached, training: bool, names: list[str], rows: int | None) -> None:
+    if attached.gates:
+        raise InputError("`adapter_names` can't be used with a gate: it decides what each row gets")
     if len(attached.prompts):
         raise InputError("`adapter_names` can't be used with prompts: the whole batch gets the active one")
     check_adapter_names(names, list(attached.configs), rows)

@@ -51,6 +51,9 @@ def owned_tensors(attached: Attached, name: str) -> dict[str, Tensor]:
             owned[f"base_model.{key}"] = bank[name]
     if (prompt := attached.prompt_of(name)) is not None:
         owned.update(prompt.live())
+    if name in attached.gates:
+        gate = attached.gates[name].state_dict(keep_vars=True)
+        owned.update({f"base_model.internal_xlora_classifier.{key}": tensor for key, tensor in gate.items()})
     return owned
 
 
@@ -170,6 +173,8 @@ def load_state(
                 bank[name] = tensor.to(bank[name])  # replaced: another adapter may share the old tensor
             else:
                 targets[key].copy_(tensor)
+        if prompt is not None:
+            prompt.method.accept(prompt, given)
 
 
 def _without_tied(attached: Attached, name: str, tensors: Mapping[str, Tensor], place: str | Path) -> dict[str, Tensor]:
@@ -339,6 +344,9 @@ def save_adapter(
     plain = {key: tensor.cpu().contiguous().clone() for key, tensor in state.items()}
     write_atomically(folder / WEIGHTS_NAME, save(plain, metadata={"format": "pt"}))
     write_atomically(folder / CONFIG_NAME, stored_config(attached, name).to_json().encode())
+    if name in attached.gates and attached.gates[name].config.use_trainable_adapters:
+        for expert in attached.members(name):
+            save_adapter(attached, expert, folder / expert, save_embedding_layers=save_embedding_layers)
 
 
 def stored_config(attached: Attached, name: str) -> PeftConfig:

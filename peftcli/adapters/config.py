@@ -174,6 +174,9 @@ class PeftConfig:
     def check_beside(self, others: list[PeftConfig]) -> None:
         """Refuse to stand in one model with these. Methods whose adapters share something extend it."""
 
+    def locate(self, folder: Path, **given: Any) -> None:
+        """Find what else the adapter needs, from the folder its files are in and what the caller gives (X-LoRA)."""
+
     def adapter_variant(self) -> Method | None:
         """Another adapter class than the registry's, where a field asks for one (DoRA)."""
         return None

@@ -6,10 +6,10 @@ pass saw, and nothing is tunnelled through the layers' arguments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peftcli.errors import InputError
 
@@ -27,13 +27,13 @@ class ForwardContext:
     Attributes:
         adapter_names: the adapter of each row of the batch, or None when all rows use the active ones.
         task_ids: the task of each row [B], for methods that route by task.
-        gate_scalings: weights a gate gave to adapters, for X-LoRA.
+        gate_scalings: gives the weight of an adapter at a module (its path), [B, T] or one number, where a gate decides.
         generating: whether `generate` makes the inputs, not a caller.
     """
 
     adapter_names: list[str] | None = None
     task_ids: Tensor | None = None
-    gate_scalings: Any = None
+    gate_scalings: Callable[[str, str], Tensor | float] | None = None
     generating: bool = False
 
     def rows_by_adapter(self, rows: int) -> dict[str, list[int]]:
@@ -49,6 +49,10 @@ class ForwardContext:
         for row in range(rows):
             groups.setdefault(names[row // repeats], []).append(row)
         return groups
+
+    def share(self, site: str, adapter: str) -> Tensor | float:
+        """What an adapter's update at a module is multiplied by: 1, unless a gate decides."""
+        return 1.0 if self.gate_scalings is None else self.gate_scalings(site, adapter)
 
     def tasks(self, rows: int) -> Tensor:
         """The task of each of `rows` rows. Beam search and layers that see tokens one by one repeat each row's.

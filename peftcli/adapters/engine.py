@@ -9,10 +9,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from torch import nn  # noqa: TID253
-from torch.utils.hooks import RemovableHandle  # noqa: TID253
 
 from peftcli.adapters.base import Adapter, Tensors
 from peftcli.adapters.config import PeftConfig
@@ -22,6 +21,12 @@ from peftcli.adapters.layer import AdapterLayer, Buffers
 from peftcli.errors import InputError
 
 STATE = "_peftcli_attached"
+
+
+class Removable(Protocol):
+    """Something done to the model that can be undone."""
+
+    def remove(self) -> None: ...
 
 
 @dataclass
@@ -38,7 +43,8 @@ class Attached:
         disabled: whether all adapters are switched off.
         undo_surgery: brings the model's own layers back where they were replicated.
         prompts: what stands in front of the model's inputs, by adapter name.
-        hooks: on the modules whose inputs a prompt changes.
+        gates: what weighs other adapters, its experts, by its own adapter name.
+        hooks: on the modules whose inputs a prompt or gate changes.
     """
 
     root: nn.Module
@@ -50,7 +56,8 @@ class Attached:
     disabled: bool = False
     undo_surgery: Callable[[], None] = lambda: None
     prompts: nn.ModuleDict = field(default_factory=nn.ModuleDict)
-    hooks: list[RemovableHandle] = field(default_factory=list)
+    gates: dict[str, Any] = field(default_factory=dict)
+    hooks: list[Removable] = field(default_factory=list)
 
     def layers(self) -> Iterator[tuple[str, AdapterLayer]]:
         """(path in the model, layer) of every adapted module."""
@@ -63,6 +70,15 @@ class Attached:
     def parts(self) -> Iterator[AdapterLayer | CopyLayer]:
         """Everything that stands in a module's place."""
         return (m for m in self.root.modules() if isinstance(m, (AdapterLayer, CopyLayer)))
+
+    def members(self, name: str) -> list[str]:
+        """The names an adapter has in the layers: its own, or those of a gate's experts."""
+        return self.gates[name].experts if name in self.gates else [name]
+
+    def own_configs(self) -> dict[str, PeftConfig]:
+        """Configs without those of experts, which belong to their gate."""
+        experts = {expert for gate in self.gates.values() for expert in gate.experts}
+        return {name: config for name, config in self.configs.items() if name not in experts}
 
     def sites(self, name: str) -> list[tuple[Adapter, Tensors]]:
         """One adapter at every module it adapts, with its tensors there."""
@@ -100,13 +116,14 @@ class Attached:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self.unmerge()
         self.active = list(names)
+        inside = [member for name in names for member in self.members(name)]
         for _, layer in self.layers():
-            layer.active_adapters = [name for name in names if name in layer.adapters]
+            layer.active_adapters = [name for name in inside if name in layer.adapters]
         for _, copied in self.copies():
-            copied.active_adapters = [name for name in names if name in copied.copies]
+            copied.active_adapters = [name for name in inside if name in copied.copies]
         for name in self.configs:
             frozen = self.configs[name].inference_mode
-            self.set_requires_grad(name, trainable and name in names and not frozen)
+            self.set_requires_grad(name, trainable and name in (*names, *inside) and not frozen)
         self._switch_biases()
 
     def enable(self, on: bool) -> None:
@@ -152,6 +169,8 @@ class Attached:
             yield from self.biases[name].trained
         if name in self.prompts:
             yield from self.prompts[name].parameters()
+        if name in self.gates:
+            yield from self.gates[name].parameters()
         for bank in self.shared.values():
             if isinstance(bank, nn.ParameterDict) and name in bank:
                 yield bank[name]
@@ -205,6 +224,7 @@ class Attached:
             _declare_untied(self.root)
         self.undo_surgery()
         self.prompts.clear()
+        self.gates.clear()
         self._unhook()
         self.root.__dict__.pop(STATE, None)
         self.root.requires_grad_(False)
@@ -215,8 +235,28 @@ class Attached:
     def delete(self, name: str) -> None:
         """Remove an adapter without a trace. If it was active, the next one (by name) takes its place."""
         self._known(name)
+        if name not in self.own_configs():
+            raise InputError(f"Adapter {name} is an expert: its gate needs it", fix="delete the gate")
         if self.merged:
             self.unmerge()
+        for member in self.members(name):
+            self._drop(member)
+        if name in self.gates:
+            del self.gates[name], self.configs[name]
+            self.context.gate_scalings = None
+            self._unhook()
+        if name not in self.active:
+            return
+        left = [other for other in self.active if other != name]
+        if not left and self.configs:
+            left = [min(self.configs)]
+            warnings.warn(
+                f"Adapter {name} was active which is now deleted. Setting active adapter to {left[0]}.", stacklevel=3
+            )
+        self.set_active(left)
+
+    def _drop(self, name: str) -> None:
+        """Take what an adapter has in the layers out of the model."""
         if name in self.biases:
             self.biases.pop(name).switch(False)
         for path, layer in reversed(list(self.layers())):
@@ -237,21 +277,14 @@ class Attached:
             if not len(self.prompts):
                 self._unhook()
         del self.configs[name]
-        if name not in self.active:
-            return
-        left = [other for other in self.active if other != name]
-        if not left and self.configs:
-            left = [min(self.configs)]
-            warnings.warn(
-                f"Adapter {name} was active which is now deleted. Setting active adapter to {left[0]}.", stacklevel=3
-            )
-        self.set_active(left)
 
     def _unhook(self) -> None:
         while self.hooks:
             self.hooks.pop().remove()
 
     def _require_mergeable(self) -> None:
+        if self.gates:
+            raise InputError("XLORA adapters cannot be merged: the gate weighs its experts anew for each token")
         if len(self.prompts):
             method = next(iter(self.configs.values())).peft_type
             raise InputError(f"{method} adapters cannot be merged: a prompt is no weight of the model")

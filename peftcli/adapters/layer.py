@@ -271,9 +271,12 @@ class AdapterLayer(nn.Module):
         return self._with_update(name, self._compose(rest, *args, **kwargs), x, *args[1:], **kwargs)
 
     def _with_update(self, name: str, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """y + dW x."""
+        """y + g dW x, with g = 1 unless a gate decides."""
         adapter, p = self.adapters[name], self._pass_tensors(name, dropping=self.training)
         assert isinstance(adapter, DeltaAdapter)
+        share = self.context.share(self.site.name, name)
+        if isinstance(share, float) and share == 0:
+            return y
         if adapter.dropout and self.training and x.is_floating_point():
             x = F.dropout(x, adapter.dropout)
         update = adapter.activation(p, x, self.site)
@@ -282,7 +285,9 @@ class AdapterLayer(nn.Module):
         keep = adapter.keep() if self.training else None
         if keep is not None:
             update = update * self.site.broadcast(keep).to(update)
-        return y + update.to(y.dtype)
+        if isinstance(share, Tensor):
+            share = share.reshape(*update.shape[:-1], 1).to(update)
+        return y + (update if isinstance(share, float) and share == 1 else update * share).to(y.dtype)
 
     @staticmethod
     def _in_precision_of(p: Tensors, function: Any, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ every checkpoint key come from. With a prompt, `base_model` is the user's model 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,6 +179,13 @@ class PeftModel(nn.Module):
         with batch_facts(self, [*args, *kwargs.values()], adapter_names, task_ids, generating=True):
             return cast(Any, self.get_base_model()).generate(*args, **kwargs)
 
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the user's model takes `num_items_in_batch`, which `transformers.Trainer` then passes."""
+        model = self.get_base_model()
+        kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
+        return getattr(model, "accepts_loss_kwargs", inspect.Parameter.VAR_KEYWORD in kinds)
+
     # -- parameters -----------------------------------------------------------------------------------------------
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -272,4 +280,5 @@ def _for_loading(
     if config.is_prompt_learning and is_trainable:
         raise InputError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
     config.inference_mode = not is_trainable
+    config.locate(folder, **hub)
     return folder, config

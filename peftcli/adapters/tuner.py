@@ -10,6 +10,8 @@ from torch import Tensor, nn  # noqa: TID253
 from peftcli.adapters.attach import attach
 from peftcli.adapters.config import PeftConfig
 from peftcli.adapters.engine import Attached, attached_to
+from peftcli.adapters.gate import Gate, attach_gate
+from peftcli.adapters.methods.xlora import XLoraConfig
 from peftcli.adapters.steps import add_regularization, after_step
 from peftcli.adapters.weighted import Svd, add_weighted_ia3, add_weighted_lora
 from peftcli.errors import InputError
@@ -31,7 +33,10 @@ class Tuner(nn.Module):
         return attached
 
     def attach(self, config: PeftConfig, name: str, **options: Any) -> None:
-        attach(self.model, config, name, **options)
+        if isinstance(config, XLoraConfig):
+            self.internal_xlora_classifier = attach_gate(self.model, config, name, **options).gates[name]
+        else:
+            attach(self.model, config, name, **options)
         self._adopt_shared()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,7 +58,8 @@ class Tuner(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
-            return getattr(self.model, name)
+            gate = self._modules.get("internal_xlora_classifier")
+            return getattr(gate if gate is not None and name in Gate.PUBLIC else self.model, name)
 
     # PEFT's names for what the engine does
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -80,6 +86,8 @@ class Tuner(nn.Module):
         for key, bank in self.attached.shared.items():
             if not len(bank):
                 self._modules.pop(key, None)
+        if not self.attached.gates:
+            self._modules.pop("internal_xlora_classifier", None)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several composed, the active ones."""

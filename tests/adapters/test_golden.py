@@ -21,10 +21,6 @@ CASES = find(SHARED) or {"none": None}
 
 UNSUPPORTED = {
     "lora_alora": "alora_invocation_tokens",
-    "lora_bdlora": "use_bdlora",
-    "lora_kasa": "kasa_config",
-    "lora_monteclora": "monteclora_config",
-    "lora_velora": "velora_config",
 }
 """Variants of LoRA we do not have, and the field a refusal must name."""
 
@@ -60,8 +56,9 @@ def trainable(case: Golden) -> bool:
     return not config_class(peft_type(case)).is_prompt_learning
 
 
-def test_golden(case: Golden, tmp_path: Path) -> None:
+def test_golden(case: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits 2e-5, merged logits 1e-4, gradients 1e-3: the tolerances of the golden set's README."""
+    monkeypatch.chdir(case.folder)  # X-LoRA's config names its experts from there
     if case.folder.name in UNSUPPORTED or peft_type(case) not in METHODS:
         with pytest.raises(InputError, match=UNSUPPORTED.get(case.folder.name, "unknown method")):
             load(case, case.base())
@@ -87,12 +84,14 @@ def check_gradients(case: Golden, model: PeftModel, inputs: dict) -> None:
     # PEFT keeps only the active LLaMA-Adapter in the model, under a name without the adapter's.
     gradients |= {name.removesuffix(".default"): grad for name, grad in gradients.items() if "adaption_" in name}
     for name, (total, norm) in case.facts["grads"].items():
+        if peft_type(case) == "XLORA" and "lora_model" in name:
+            continue  # 0.13.0 trains frozen experts by mistake: see test_xlora
         assert name in gradients, f"{name} gets no gradient"
+        if WRONG_GRADIENTS.get(peft_type(case), "none") in name:
+            continue
         assert gradients[name].norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-7), name
         assert gradients[name].sum().item() == pytest.approx(total, rel=1e-3, abs=1e-3 * norm + 1e-7), name
 
-        if WRONG_GRADIENTS.get(peft_type(case), "none") in name:
-            continue
 
 def prompt_learner(case: Golden) -> PeftModel | None:
     """A fresh prompt set to the file's. None where the file lacks the network that makes the prompt: only logits count."""
@@ -119,14 +118,14 @@ def check_saved(case: Golden, model: PeftModel, logits: torch.Tensor, inputs: di
     torch.testing.assert_close(forward(again, inputs), logits, atol=1e-6, rtol=0)
 
 
-def check_merged(case: Golden, model: PeftModel, logits: torch.Tensor, inputs: dict, expected: dict) -> None:
-    """HF's merged logits where they can be trusted; always: merged = adapted, or refused with a reason."""
-    if not trainable(case):
 def repeated(key: str, all_keys: Iterable[str]) -> bool:
     """Whether PEFT stores a tensor at a module although it also stands in the file once for all of them (RandLoRA)."""
     return key.startswith("base_model.model.") and f"base_model.{key.rpartition('.')[2]}" in all_keys
 
 
+def check_merged(case: Golden, model: PeftModel, logits: torch.Tensor, inputs: dict, expected: dict) -> None:
+    """HF's merged logits where they can be trusted; always: merged = adapted, or refused with a reason."""
+    if not trainable(case):
         assert not hasattr(model, "merge_and_unload")  # as in PEFT
         return
     try:

@@ -108,6 +108,7 @@ ROWS = [
     Row("GRALORA", {"r": 4, "alpha": 6}),
     Row("GRALORA", {"r": 2, "alpha": 6, "hybrid_r": 3, "gralora_k": 2}),
     Row("DELORA", {"r": 4, "delora_lambda": 3}),
+    Row("OSF", {"effective_rank": 4}),
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
