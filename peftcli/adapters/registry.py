@@ -40,6 +40,7 @@ METHODS: dict[str, Method] = {
         "multitask_prompt_tuning", "MultitaskPromptTuningConfig", "MultitaskPromptTuning"
     ),
     "P_TUNING": Method("p_tuning", "PromptEncoderConfig", "PTuning"),
+    "OSF": Method("osf", "OSFConfig", "Osf"),
     "CPT": Method("cpt", "CPTConfig", "Cpt"),
     "CARTRIDGE": Method("cartridge", "CartridgeConfig", "Cartridge"),
     "PREFIX_TUNING": Method("prefix_tuning", "PrefixTuningConfig", "PrefixTuning"),
