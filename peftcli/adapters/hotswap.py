@@ -12,6 +12,7 @@ from peftcli.adapters import checkpoint
 from peftcli.adapters.config import read_config
 from peftcli.adapters.engine import adapters_of
 from peftcli.adapters.methods.lora import Lora, LoraConfig
+from peftcli.adapters.methods.lora_variants import VARIANTS
 from peftcli.errors import InputError
 
 
@@ -39,9 +40,9 @@ def hotswap_adapter(
     old = attached.configs.get(adapter_name)
     if not (isinstance(new, LoraConfig) and isinstance(old, LoraConfig)):
         raise InputError("Hotswapping only works for LoRA adapters", place=folder)
-    for field in ("use_dora", "bias", "lora_bias"):
-        if getattr(new, field) != getattr(old, field) or getattr(new, field) not in (False, "none"):
-            raise InputError("Hotswapping works only without DoRA and biases", place=folder, field=field)
+    for field in ("bias", "lora_bias", *VARIANTS):
+        if getattr(new, field) != getattr(old, field) or getattr(new, field) not in (False, None, "none"):
+            raise InputError("Hotswapping works only for plain LoRA without biases", place=folder, field=field)
     tensors = checkpoint.read_tensors(folder, allow_pickle=allow_pickle)
     owned = checkpoint.owned_tensors(attached, adapter_name)
     if unknown := sorted(set(tensors) - set(owned)):

@@ -18,6 +18,7 @@ from peftcli.adapters.attach import attach
 from peftcli.adapters.engine import Attached
 from peftcli.adapters.layer import AdapterLayer
 from peftcli.adapters.methods.lora import Lora, LoraConfig
+from peftcli.adapters.methods.lora_variants import VARIANTS
 from peftcli.errors import InputError
 from peftcli.merging.factors import combine_factors
 from peftcli.merging.operators import COMBINATION_TYPES, OPERATORS, SVD_TYPES, Settings, SignMethod
@@ -94,11 +95,11 @@ def _check(
     if len(configs) > 1 and any(config.modules_to_save for config in configs):
         raise InputError("Cannot add weighted adapters if they target the same module with modules_to_save")
     for name, config in zip(adapters, configs, strict=True):
-        if config.lora_bias or (config.use_dora and kind not in SVD_TYPES):
+        if config.lora_bias or (config.variant and kind not in SVD_TYPES):
+            what = "lora_bias" if config.lora_bias else "DoRA magnitudes" if config.use_dora else config.variant
             raise InputError(
-                f"adapter {name} has {'lora_bias' if config.lora_bias else 'DoRA magnitudes'}, which are lost when only "
-                "A and B are merged",
-                fix="combination_type='svd' merges whole updates" if config.use_dora else None,
+                f"adapter {name} has {what}, which is lost when only A and B are merged",
+                fix="combination_type='svd' merges whole updates" if config.variant else None,
             )
     if density is None and any(word in kind for word in ("ties", "dare", "prune")):
         raise InputError(f"{kind} needs a density", field="density", allowed="0 to 1")
@@ -123,7 +124,7 @@ def _merged_config(configs: list[LoraConfig], ranks: dict[str, int]) -> LoraConf
         rank_pattern=other,
         alpha_pattern=dict(other),
         use_rslora=False,
-        use_dora=False,
+        **{name: getattr(LoraConfig(), name) for name in VARIANTS},
         init_lora_weights=True,
         inference_mode=True,
     )

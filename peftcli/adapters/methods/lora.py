@@ -16,6 +16,14 @@ from peftcli.adapters.initializers import start_factors, takes_start_from_base
 from peftcli.adapters.initializers.corda import CordaConfig
 from peftcli.adapters.initializers.eva import EvaConfig
 from peftcli.adapters.initializers.lora_ga import LoraGAConfig
+from peftcli.adapters.methods.lora_variants import (
+    SETTINGS,
+    VARIANTS,
+    BdLoraConfig,
+    KasaConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
 from peftcli.adapters.methods.trainable_tokens import TokenIndex, tokens_beside
 from peftcli.adapters.registry import Method
 from peftcli.adapters.targets import pattern_value
@@ -71,6 +79,7 @@ class LoraConfig(TunerConfig):
         layer_replication: (start, end) ranges of the base's layers a deeper model is built of (see `surgery`).
         rank_pattern, alpha_pattern: r or alpha by module name or regular expression, where they differ.
         lora_bias: give lora_B a bias.
+        use_bdlora, kasa_config, monteclora_config, velora_config: another equation, and its settings (`lora_variants.py`).
     """
 
     peft_type = "LORA"
@@ -97,11 +106,20 @@ class LoraConfig(TunerConfig):
     eva_config: EvaConfig | dict[str, Any] | None = later(None, since="0.14")
     corda_config: CordaConfig | dict[str, Any] | None = later(None, since="0.15")
     lora_ga_config: LoraGAConfig | dict[str, Any] | None = later(None, since="0.19")
+    use_bdlora: BdLoraConfig | dict[str, Any] | None = later(None, since="0.19")
+    kasa_config: KasaConfig | dict[str, Any] | None = later(None, since="0.21")
+    monteclora_config: MontecloraConfig | dict[str, Any] | None = later(None, since="0.20")
+    velora_config: VeloraConfig | dict[str, Any] | None = later(None, since="0.20")
     prepared: Any = runtime(None)
     """(A0, B0) by module path, from a pass over data; B0 is None where B starts at zero."""
 
+    @property
+    def variant(self) -> str | None:
+        """The field that asks for another equation than B A, or None."""
+        return next((name for name in VARIANTS if getattr(self, name)), None)
+
     def adapter_variant(self) -> Method | None:
-        return Method("dora", "LoraConfig", "Dora") if self.use_dora else None
+        return VARIANTS[self.variant] if self.variant else None
 
     def companions(self) -> list[TunerConfig]:
         return list(tokens_beside(self.trainable_token_indices)) if self.trainable_token_indices else []
@@ -128,26 +146,44 @@ class LoraConfig(TunerConfig):
     def validate(self) -> None:
         super().validate()
         nested = {"loftq_config": LoftQConfig, "eva_config": EvaConfig}
-        for name, kind in {**nested, "corda_config": CordaConfig, "lora_ga_config": LoraGAConfig}.items():
+        for name, kind in {
+            **nested,
+            "corda_config": CordaConfig,
+            "lora_ga_config": LoraGAConfig,
+            **SETTINGS,
+        }.items():
             value = getattr(self, name)
-            if isinstance(value, dict) and value:
+            if isinstance(value, dict) and (value or name in SETTINGS):
                 setattr(self, name, build_nested(kind, value, field=name))
+        self._check_variant()
         if self.init_lora_weights == "loftq" and not self.loftq_config:
             raise InputError(
                 "`loftq_config` must be specified when `init_lora_weights` is 'loftq'.", field="loftq_config"
             )
         if self.lora_bias and self.bias != "none":
             raise InputError(f"`lora_bias=True` is not supported together with bias={self.bias!r}", field="lora_bias")
-        if self.lora_bias and self.use_dora:
-            raise InputError("`lora_bias=True` is not supported for DoRA", field="lora_bias")
-        if self.target_parameters and (self.lora_dropout or self.use_dora or self.lora_bias or self.fan_in_fan_out):
+        if self.lora_bias and self.variant:
+            raise InputError(f"`lora_bias=True` can't be combined with `{self.variant}`", field="lora_bias")
+        if self.target_parameters and (self.lora_dropout or self.variant or self.lora_bias or self.fan_in_fan_out):
             raise InputError(
-                "can't be combined with lora_dropout, use_dora, lora_bias or fan_in_fan_out", field="target_parameters"
+                f"can't be combined with lora_dropout, {self.variant or 'use_dora'}, lora_bias or fan_in_fan_out",
+                field="target_parameters",
             )
         odd = [r for r in (self.r, *self.rank_pattern.values()) if r % 2]
         if self.init_lora_weights == "orthogonal" and odd:
             raise InputError(
                 f"Orthogonal initialization requires the LoRA rank to be even, got {odd[0]} instead.", field="r"
+            )
+
+    def _check_variant(self) -> None:
+        asked = [name for name in VARIANTS if getattr(self, name)]
+        if len(asked) > 1:
+            raise InputError(f"can't be combined with `{asked[1]}`", field=asked[0])
+        if asked and asked != ["use_dora"] and not isinstance(self.init_lora_weights, bool):
+            raise InputError(
+                f"{self.init_lora_weights!r} can't be combined with `{asked[0]}`",
+                field="init_lora_weights",
+                allowed="True, False",
             )
 
 
