@@ -28,8 +28,9 @@ def llama() -> LlamaForCausalLM:
 
 def save_expert(folder: Path, seed: int, config: PeftConfig | None = None) -> str:
     config = config or LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    base = llama()
     torch.manual_seed(seed)
-    get_peft_model(llama(), config).save_pretrained(folder)
+    get_peft_model(base, config).save_pretrained(folder)
     return str(folder)
 
 
@@ -39,8 +40,9 @@ def experts(tmp_path: Path) -> dict[str, str]:
 
 
 def gated(experts: dict[str, str], **options: Any) -> PeftModel:
+    base = llama()
     torch.manual_seed(2)
-    return get_peft_model(llama(), XLoraConfig(task_type="CAUSAL_LM", adapters=experts, **options)).eval()
+    return get_peft_model(base, XLoraConfig(task_type="CAUSAL_LM", adapters=experts, **options)).eval()
 
 
 def favour(model: PeftModel, logits: list[float]) -> None:
@@ -146,7 +148,7 @@ def test_gradients_survive_checkpointing(experts: dict[str, str], reentrant: boo
     plain = gradients(lambda: model(IDS))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert set(plain) == trained
-    assert all(gradient.abs().sum() > 0 for gradient in plain.values())
+    assert all(gradient.abs().max() > 1e-6 for gradient in plain.values())
     assert trainable == any("lora_A" in name for name in trained)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     for call in (lambda: model(IDS), lambda: model(inputs_embeds=embedded)):
