@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,8 @@ from peftcli.errors import InputError
 @contextmanager
 def batch_facts(
     model: nn.Module,
-    inputs: Sequence[Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
     adapter_names: list[str] | None,
     task_ids: Tensor | None,
     *,
@@ -26,7 +27,7 @@ def batch_facts(
 
     Args:
         model: a PeftModel.
-        inputs: what the model is called with.
+        args, kwargs: what the model is called with.
         adapter_names: the adapter of each row (`__base__` for none), or None where all rows use the active ones.
         task_ids: the task of each row [B]. It stays set: checkpointing recomputes layers in the backward pass.
         generating: whether `generate` makes the inputs of the passes.
@@ -37,9 +38,10 @@ def batch_facts(
     attached = adapters_of(model)
     context = attached.context
     if adapter_names is not None:
-        _check(attached, model.training, adapter_names, _batch_size(inputs))
+        _check(attached, model.training, adapter_names, _batch_size([*args, *kwargs.values()]))
         context.adapter_names = list(adapter_names)
     context.task_ids, context.generating = task_ids, generating
+    context.input_ids = _token_ids(args, kwargs)
     try:
         yield
     finally:
@@ -58,6 +60,13 @@ def _check(attached: Attached, training: bool, names: list[str], rows: int | Non
         raise InputError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter`.")
     if attached.biases:
         raise InputError("Cannot pass `adapter_names` when an adapter trains biases of the base model.")
+
+
+def _token_ids(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The token ids [B, T] among a model's inputs; `generate` calls them `inputs`, too."""
+    found = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    is_ids = isinstance(found, Tensor) and found.dim() == 2 and not found.is_floating_point()
+    return found if is_ids else None
 
 
 def _batch_size(inputs: Sequence[Any]) -> int | None:

@@ -27,12 +27,14 @@ class ForwardContext:
     Attributes:
         adapter_names: the adapter of each row of the batch, or None when all rows use the active ones.
         task_ids: the task of each row [B], for methods that route by task.
+        input_ids: the token ids [B, T] the model is called with; while generating, the prompt's.
         gate_scalings: gives the weight of an adapter at a module (its path), [B, T] or one number, where a gate decides.
         generating: whether `generate` makes the inputs, not a caller.
     """
 
     adapter_names: list[str] | None = None
     task_ids: Tensor | None = None
+    input_ids: Tensor | None = None
     gate_scalings: Callable[[str, str], Tensor | float] | None = None
     generating: bool = False
 
@@ -73,13 +75,15 @@ class ForwardContext:
     @contextmanager
     def only(self, rows: list[int], of: int) -> Iterator[None]:
         """While open, the batch is `rows` out of `of` rows."""
-        before = self.task_ids
-        if before is not None:
+        before = self.task_ids, self.input_ids
+        if self.task_ids is not None:
             self.task_ids = self.tasks(of)[rows]
+        if self.input_ids is not None:
+            self.input_ids = self.input_ids.repeat_interleave(of // len(self.input_ids), 0)[rows]
         try:
             yield
         finally:
-            self.task_ids = before
+            self.task_ids, self.input_ids = before
 
 
 def check_adapter_names(names: Sequence[str], known: Sequence[str], rows: int | None) -> None:

@@ -169,14 +169,14 @@ class PeftModel(nn.Module):
             adapter_names: the adapter of each row (`__base__` for none), for mixed batches in eval mode.
             task_ids: the task of each row [B], for methods that learn several.
         """
-        with batch_facts(self, [*args, *kwargs.values()], adapter_names, task_ids):
+        with batch_facts(self, args, kwargs, adapter_names, task_ids):
             return self.base_model(*args, **kwargs)
 
     def generate(
         self, *args: Any, adapter_names: list[str] | None = None, task_ids: Tensor | None = None, **kwargs: Any
     ) -> Any:
         """The model's `generate`, also with an adapter or a task for each row. Beam search repeats them."""
-        with batch_facts(self, [*args, *kwargs.values()], adapter_names, task_ids, generating=True):
+        with batch_facts(self, args, kwargs, adapter_names, task_ids, generating=True):
             return cast(Any, self.get_base_model()).generate(*args, **kwargs)
 
     @property

@@ -95,11 +95,12 @@ def _check(
     if len(configs) > 1 and any(config.modules_to_save for config in configs):
         raise InputError("Cannot add weighted adapters if they target the same module with modules_to_save")
     for name, config in zip(adapters, configs, strict=True):
-        if config.lora_bias or (config.variant and kind not in SVD_TYPES):
+        whole = config.variant and config.variant != "alora_invocation_tokens"
+        if config.lora_bias or (config.variant and not (whole and kind in SVD_TYPES)):
             what = "lora_bias" if config.lora_bias else "DoRA magnitudes" if config.use_dora else config.variant
             raise InputError(
                 f"adapter {name} has {what}, which is lost when only A and B are merged",
-                fix="combination_type='svd' merges whole updates" if config.variant else None,
+                fix="combination_type='svd' merges whole updates" if whole else None,
             )
     if density is None and any(word in kind for word in ("ties", "dare", "prune")):
         raise InputError(f"{kind} needs a density", field="density", allowed="0 to 1")

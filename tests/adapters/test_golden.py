@@ -20,7 +20,6 @@ SHARED = Path(os.environ.get("PEFTCLI_SHARED", Path(__file__).parents[3] / "shar
 CASES = find(SHARED) or {"none": None}
 
 UNSUPPORTED = {
-    "lora_alora": "alora_invocation_tokens",
 }
 """Variants of LoRA we do not have, and the field a refusal must name."""
 

@@ -59,7 +59,7 @@ class BdLora(Lora):
 
     def initialize(self, p: Tensors) -> Tensor | None:
         changed = super().initialize(p)
-        if self.blocked == "lora_A.weight":
+        if self.blocked == "lora_A.weight" and isinstance(self.config.init_lora_weights, bool):
             torch.nn.init.kaiming_uniform_(p.lora_A)  # without LoRA's factor of 1 / sqrt(6), as in PEFT
         return changed
 

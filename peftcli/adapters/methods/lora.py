@@ -79,6 +79,7 @@ class LoraConfig(TunerConfig):
         layer_replication: (start, end) ranges of the base's layers a deeper model is built of (see `surgery`).
         rank_pattern, alpha_pattern: r or alpha by module name or regular expression, where they differ.
         lora_bias: give lora_B a bias.
+        alora_invocation_tokens: token ids from whose last occurrence on the adapter acts (`alora.py`).
         use_bdlora, kasa_config, monteclora_config, velora_config: another equation, and its settings (`lora_variants.py`).
     """
 
@@ -106,6 +107,7 @@ class LoraConfig(TunerConfig):
     eva_config: EvaConfig | dict[str, Any] | None = later(None, since="0.14")
     corda_config: CordaConfig | dict[str, Any] | None = later(None, since="0.15")
     lora_ga_config: LoraGAConfig | dict[str, Any] | None = later(None, since="0.19")
+    alora_invocation_tokens: list[TokenIndex] | None = later(None, since="0.18")
     use_bdlora: BdLoraConfig | dict[str, Any] | None = later(None, since="0.19")
     kasa_config: KasaConfig | dict[str, Any] | None = later(None, since="0.21")
     monteclora_config: MontecloraConfig | dict[str, Any] | None = later(None, since="0.20")
@@ -179,11 +181,11 @@ class LoraConfig(TunerConfig):
         asked = [name for name in VARIANTS if getattr(self, name)]
         if len(asked) > 1:
             raise InputError(f"can't be combined with `{asked[1]}`", field=asked[0])
-        if asked and asked != ["use_dora"] and not isinstance(self.init_lora_weights, bool):
+        if asked and asked != ["use_dora"] and self.init_lora_weights not in (True, False, "gaussian"):
             raise InputError(
                 f"{self.init_lora_weights!r} can't be combined with `{asked[0]}`",
                 field="init_lora_weights",
-                allowed="True, False",
+                allowed="True, False, gaussian",
             )
 
 

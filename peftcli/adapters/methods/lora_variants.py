@@ -89,6 +89,7 @@ SETTINGS = {
 
 VARIANTS = {
     "use_dora": Method("dora", "LoraConfig", "Dora"),
+    "alora_invocation_tokens": Method("alora", "LoraConfig", "Alora"),
     "use_bdlora": Method("bdlora", "LoraConfig", "BdLora"),
     "kasa_config": Method("kasa", "LoraConfig", "Kasa"),
     "monteclora_config": Method("monteclora", "LoraConfig", "Monteclora"),

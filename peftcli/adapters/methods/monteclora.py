@@ -26,11 +26,16 @@ class Monteclora(Lora):
     kinds = frozenset({"linear"})
 
     @property
+    def settings(self) -> Any:
+        """MontecloraConfig."""
+        return self.config.monteclora_config
+
+    @property
     def drops(self) -> bool:
         return True
 
     def tensors(self) -> dict[str, TensorSpec]:
-        r, samples = self.r, self.config.monteclora_config.num_samples
+        r, samples = self.r, self.settings.num_samples
         return {
             **super().tensors(),
             f"{SAMPLER}std_prior": TensorSpec((r,)),
@@ -43,7 +48,7 @@ class Monteclora(Lora):
         for name in ("std_prior", "expert_weights_prior"):
             p[SAMPLER + name].uniform_()
         p[f"{SAMPLER}gaussian_var_prior"].copy_(torch.eye(self.r))
-        p[f"{SAMPLER}expert_weights"].fill_(1 / self.config.monteclora_config.num_samples)
+        p[f"{SAMPLER}expert_weights"].fill_(1 / self.settings.num_samples)
         return super().initialize(p)
 
     def dropped(self, p: Tensors) -> Tensors:
@@ -56,7 +61,7 @@ class Monteclora(Lora):
             p[f"{SAMPLER}gaussian_var_prior"].copy_(torch.diag(variance))
             p[f"{SAMPLER}expert_weights"].copy_(weights)
         noise = torch.randn_like(p.lora_A) * (variance.sqrt() * weights.norm())[:, None]
-        return Tensors({**p, "lora_A.weight": p.lora_A + self.config.monteclora_config.sample_scaler * noise})
+        return Tensors({**p, "lora_A.weight": p.lora_A + self.settings.sample_scaler * noise})
 
     @staticmethod
     def _weights(alpha: Tensor) -> Tensor:
