@@ -26,6 +26,9 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 STORED_TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 """Model types whose linear layers are Conv1D: the weight is stored [in, out]."""
 
+EMBEDDINGS = frozenset({"embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings", "embed_in", "shared"})
+"""What transformers calls tables of embeddings."""
+
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95}){0,3}")
 """A model's id or a revision on the hub; what it never is: a path upwards."""
 
@@ -87,9 +90,11 @@ class BaseFacts:
         if kernel:
             return [SiteShape(module, "conv", in_features, out_features, tuple(kernel), has_bias=bias)]
         embedding = SiteShape(module, "embedding", out_features, in_features)
+        is_embedding = module.rpartition(".")[2] in EMBEDDINGS  # to be tried first: both may explain an adapter
         if self.model_type in STORED_TRANSPOSED and not module.endswith("lm_head"):
             out_features, in_features = in_features, out_features
-        return [SiteShape(module, "linear", in_features, out_features, has_bias=bias), embedding]
+        linear = SiteShape(module, "linear", in_features, out_features, has_bias=bias)
+        return [embedding, linear] if is_embedding else [linear, embedding]
 
     def modules(self) -> list[str]:
         """Modules with a weight, in the file's order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,6 @@ def to_matrix(stored: Tensor, shape: SiteShape, facts: BaseFacts) -> Tensor:
     return stored.T if stores_transposed(shape, facts) else stored.flatten(1)
 
 
-def to_stored(matrix: Tensor, like: TensorInfo, shape: SiteShape, facts: BaseFacts) -> Tensor:
-    """A matrix [out, in] as the checkpoint stores it."""
-    return (matrix.T if stores_transposed(shape, facts) else matrix.reshape(like.shape)).contiguous()
+def to_stored(matrix: Tensor, stored: Sequence[int], shape: SiteShape, facts: BaseFacts) -> Tensor:
+    """A matrix [out, in] as the checkpoint stores it, with the shape `stored`."""
+    return (matrix.T if stores_transposed(shape, facts) else matrix.reshape(tuple(stored))).contiguous()

@@ -64,8 +64,9 @@ def target_modules(parents: Iterable[PeftConfig], modules: Iterable[str]) -> lis
     names: set[str] = set()
     for parent in parents:
         targets = getattr(parent, "target_modules", None)
-        plain = isinstance(parent, TunerConfig) and isinstance(targets, (set, list))
-        if not plain or parent.layers_to_transform is not None or parent.exclude_modules:  # type: ignore[attr-defined]
+        if not isinstance(parent, TunerConfig) or not isinstance(targets, (set, list)):
+            return sorted(modules)
+        if parent.layers_to_transform is not None or parent.exclude_modules:
             return sorted(modules)
         names |= set(targets)
     used = {name for name in names if any(f".{module}".endswith(f".{name}") for module in modules)}

@@ -101,8 +101,8 @@ class MergeSettings:
                 problems.append(error)
         if problems:
             raise InputErrors(problems)
-        density = self.density * count if len(self.density) == 1 else self.density
-        return replace(self, weights=self.weights or (1.0,) * count, density=density if self.prunes else ())
+        densities = self.density * count if len(self.density) == 1 else self.density
+        return replace(self, weights=self.weights or (1.0,) * count, density=densities if self.prunes else ())
 
 
 def _setting(problem: str, field: str, allowed: str) -> InputError:
@@ -143,24 +143,21 @@ def _write(folder: Path, sources: list[Source], settings: MergeSettings, base: B
     check_together(sources, named=base is not None)
     merge = _Merge(sources, settings, base)
     check_full_weights(merge.sources, base)
-    writer = TensorWriter(folder / WEIGHTS_NAME)
-    config, rows = merge.scales(writer) if merge.is_ia3 else merge.matrices(writer)
-    for name in sorted({name for source in sources for name in source.copies}):
-        assert base is not None
-        settings_here = merge.operator_settings(name)
-        copy = merged_copy(name, merge.sources, merge.weights, settings.operator, settings_here, base)
-        writer.add(PREFIX + name, copy)
-    writer.close()
+    with TensorWriter(folder / WEIGHTS_NAME) as writer:
+        config, rows = merge.scales(writer) if merge.is_ia3 else merge.matrices(writer)
+        for name in sorted({name for source in sources for name in source.copies}):
+            assert base is not None
+            operator, how = settings.operator, merge.operator_settings(name)
+            writer.add(PREFIX + name, merged_copy(name, merge.sources, merge.weights, operator, how, base))
     write_config(folder, config)
     return merge.report(rows, config)
 
 
 def _copied(folder: Path, source: Source, settings: MergeSettings) -> MergeReport:
     """One adapter with weight 1 is itself, whatever its method; a `.bin` becomes safetensors."""
-    writer = TensorWriter(folder / WEIGHTS_NAME)
-    for info in source.audit.file.tensors.values():
-        writer.add(info.name, source.read(info))
-    writer.close()
+    with TensorWriter(folder / WEIGHTS_NAME) as writer:
+        for info in source.audit.file.tensors.values():
+            writer.add(info.name, source.read(info))
     shutil.copyfile(source.folder / CONFIG_NAME, folder / CONFIG_NAME)
     return MergeReport.of([source], settings, [], source.config, cosines=[[1.0]])
 

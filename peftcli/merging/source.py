@@ -79,11 +79,10 @@ class Source:
         """One of its tensors as it is stored."""
         return read_tensor(self.audit.file.path, info)
 
-    def adapter(self, module: str, part: Part | None = None) -> Adapter:
+    def adapter(self, module: str) -> Adapter:
         """The method at a module, able to read the base weight."""
-        part = part or self.part
-        assert part is not None
-        fit = part.fits[self.paths[module] if part is self.part else module]
+        assert self.part is not None
+        fit = self.part.fits[self.paths[module]]
         return type(fit.adapter)(fit.adapter.config, fit.shape, lambda: self._weight(fit.shape))
 
     def _weight(self, shape: Any) -> Tensor:
@@ -121,7 +120,11 @@ class Source:
     def tensors(self, module: str, adapter: Adapter) -> Tensors:
         """The adapter's tensors at a module as its equation wants them, in float32."""
         assert self.part is not None
-        held = {name: _float(self.read(info)) for name, info in self.part.modules[self.paths[module]].items()}
+        return self.tensors_at(self.part, self.paths[module], adapter)
+
+    def tensors_at(self, part: Part, path: str, adapter: Adapter) -> Tensors:
+        """The same for either part of the file, by the module's path there."""
+        held = {name: _float(self.read(info)) for name, info in part.modules[path].items()}
         return loaded(adapter, held, self.shared if _has_shared(adapter) else {})
 
     def update(self, module: str) -> Update:
@@ -131,7 +134,7 @@ class Source:
             InputError: if the method adds nothing to a weight, or needs the base and there is none.
         """
         adapter = self.adapter(module)
-        if not adapter.mergeable or adapter.shape.kind == "parameter" or adapter.shape.kind == "module":
+        if not adapter.mergeable or adapter.shape.kind in ("parameter", "module") or adapter.follows_ties:
             raise InputError(
                 f"{self.what} at {module} is no update of a weight matrix, so it can't be merged with others",
                 place=self.folder,

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftcli.adapters.header import TensorInfo
 from peftcli.errors import InputError, printable
@@ -49,7 +49,8 @@ def dtype_code(dtype: torch.dtype) -> str:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes, row by row, as the format wants them."""
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    flat: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def header_bytes(entries: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
@@ -72,10 +73,10 @@ def header_bytes(entries: Mapping[str, tuple[str, tuple[int, ...], int]], metada
 class TensorWriter:
     """Writes a safetensors file tensor by tensor, so that none has to be kept until the last is known.
 
-    The format begins with a list of all tensors, so data goes to a file beside it and is appended by `close`.
+    The format begins with a list of all tensors, so data goes to a file beside it and is appended when the `with` ends well.
 
     Args:
-        path: the file; it appears with `close`.
+        path: the file; it appears at the end.
     """
 
     def __init__(self, path: Path) -> None:
@@ -88,15 +89,22 @@ class TensorWriter:
         self._entries[name] = (dtype_code(tensor.dtype), tuple(tensor.shape), len(raw))
         self._file.write(raw)
 
-    def close(self) -> None:
-        """Put header and data together, and on the disk."""
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *details: object) -> None:
         self._file.close()
+        if failure is None:
+            self._join()
+        self._data.unlink()
+
+    def _join(self) -> None:
+        """Put header and data together, and on the disk."""
         with self.path.open("wb") as whole, self._data.open("rb") as data:
             whole.write(header_bytes(self._entries, {"format": "pt"}))
             whole.flush()
             copy_range(data.fileno(), 0, whole.fileno(), self._data.stat().st_size)
             os.fsync(whole.fileno())
-        self._data.unlink()
 
 
 def copy_range(source: int, offset: int, target: int, count: int) -> None:
