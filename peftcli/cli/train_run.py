@@ -20,6 +20,7 @@ from peftcli.recipe.load import dump_recipe
 if TYPE_CHECKING:
     from peftcli.data.prepare import Prepared, Progress
     from peftcli.recipe.schema import Recipe
+    from peftcli.training.outline import Outline
     from peftcli.training.publish import RunResult
 
 
@@ -50,6 +51,7 @@ class Setup:
 
     request: Request
     tokenizer: Any
+    outline: Outline
     prepared: Prepared
     processes: int
 
@@ -62,6 +64,7 @@ def rehearse(request: Request) -> None:
             console.say_json(
                 {
                     "recipe": request.recipe.model_dump(mode="json"),
+                    "model": asdict(setup.outline),
                     "data": asdict(setup.prepared.report),
                 }
             )
@@ -108,15 +111,21 @@ def _set_up(request: Request, data_folder: Path) -> Setup:
     """Everything that can be found out before training; what can fail soonest comes first."""
     from peftcli.data.prepare import prepare
     from peftcli.training.callbacks import require_trackers
-    from peftcli.training.model import load_tokenizer
+    from peftcli.training.model import load_tokenizer, open_base
+    from peftcli.training.optimizers import check_optimizer
+    from peftcli.training.outline import outline
+    from peftcli.training.quantized import check_quantization
 
     recipe = request.recipe
     require_trackers(recipe.training.report_to)
+    check_optimizer(recipe.training)
+    check_quantization(recipe.quantization, open_base(recipe.model).facts)
+    model = outline(recipe)
     tokenizer = load_tokenizer(recipe.model)
     processes = launcher_command.processes(recipe.launcher)
     with _progress() as progress:
         prepared = prepare(recipe.data, tokenizer, folder=data_folder, seed=recipe.training.seed, progress=progress)
-    return Setup(request, tokenizer, prepared, processes)
+    return Setup(request, tokenizer, model, prepared, processes)
 
 
 def _in_this_process(request: Request, folder: Path, resume: str | None) -> RunResult:

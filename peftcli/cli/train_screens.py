@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftcli.cli import console
 from peftcli.errors import printable
+from peftcli.inspection.recipe import method_line
 
 if TYPE_CHECKING:
     from peftcli.cli.train_run import Setup
@@ -21,6 +22,7 @@ def show(setup: Setup) -> None:
     """Recipe, base, adapter, data, audit, plan and memory."""
     request, report = setup.request, setup.prepared.report
     console.facts(request.file, [("override", text) for text in request.overrides])
+    console.facts("model", _model(setup))
     console.facts("data", _data(report))
     console.facts("audit", [(("ok  " if fact.ok else "LOOK"), f"{fact.name}: {fact.seen}") for fact in report.audit])
     for warning in report.warnings:
@@ -65,6 +67,15 @@ def show_result(file: str, result: RunResult) -> None:
     console.facts("next", [("", f"peft eval {result.folder}"), ("", f"peft inspect {result.folder}")])
 
 
+def _model(setup: Setup) -> Iterator[tuple[str, str]]:
+    recipe, outline = setup.request.recipe, setup.outline
+    yield "base", f"{recipe.model.name_or_path}, {count(outline.parameters)} parameters in {outline.dtype}"
+    yield "adapter", method_line(recipe)
+    if outline.adapted:
+        yield "targets", f"{outline.adapted} modules (the base has {outline.linear} linear ones)"
+    yield "trained", f"{outline.trainable:,} parameters, {outline.trainable / outline.parameters:.3%} of the base's"
+
+
 def _data(report: DataReport) -> Iterator[tuple[str, str]]:
     yield "train", _part(report.train)
     if report.eval is not None:
@@ -97,3 +108,8 @@ def _plan(setup: Setup) -> Iterator[tuple[str, str]]:
 
 def _when(strategy: str, steps: int) -> str:
     return {"no": "at the end", "epoch": "every epoch"}.get(strategy, f"every {steps} steps")
+
+
+def count(number: int) -> str:
+    """A number of parameters as people say it: `135M`."""
+    return console.size(number).replace(" ", "").removesuffix("B").replace("G", "B").replace("k", "K")

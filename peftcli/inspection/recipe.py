@@ -28,7 +28,7 @@ def _lines(recipe: Recipe) -> dict[str, str]:
     return {
         "base": f"{model.name_or_path}, {model.task_type}, dtype {model.dtype}",
         "quantization": _quantization(recipe),
-        "method": _method(recipe),
+        "method": method_line(recipe),
         "data": f"{_paths(data.train)}: {data.format}, up to {data.max_length} tokens, loss on {data.loss_on}",
         "evaluation": _evaluation(recipe),
         "batch": f"{training.per_device_train_batch_size} a device x {training.gradient_accumulation_steps} accumulated",
@@ -38,7 +38,8 @@ def _lines(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def _method(recipe: Recipe) -> str:
+def method_line(recipe: Recipe) -> str:
+    """The method, its rank, alpha and targets, and every other field that is not the default."""
     config = recipe.adapter.config
     if config is None:
         return "full: every weight is trained"
@@ -48,7 +49,9 @@ def _method(recipe: Recipe) -> str:
 
 
 def _plain(value: Any) -> str:
-    return " ".join(sorted(value)) if isinstance(value, (set, list)) else str(value)
+    if isinstance(value, set):
+        value = sorted(value)
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _quantization(recipe: Recipe) -> str:

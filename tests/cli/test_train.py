@@ -31,7 +31,11 @@ def test_a_rehearsal_shows_everything_and_writes_nothing(place: Path) -> None:
     assert learnt.replace("|", "").replace(" ", "").endswith("finethanks<im_end>")
     assert snapshot(place) == before
     facts = json.loads(peft("train", "recipe.yaml", "--dry-run", "--json", cwd=place).stdout)
-    assert facts["data"]["train"]["samples"] == 12 and facts["recipe"]["adapter"]["r"] == 4
+    assert (
+        facts["data"]["train"]["samples"] == 12
+        and facts["model"]["adapted"] == 14
+        and facts["recipe"]["adapter"]["r"] == 4
+    )
 
 
 def test_a_refusal_leaves_nothing_behind(place: Path) -> None:
@@ -41,6 +45,11 @@ def test_a_refusal_leaves_nothing_behind(place: Path) -> None:
     done = peft("train", "recipe.yaml", "--output-dir", "new/run", cwd=place, code=2)
     assert "train.jsonl:17" in done.stderr and "data.train" in done.stderr
     assert snapshot(place) == before and not (place / "new").exists()
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_written(place: Path) -> None:
+    done = peft("train", "recipe.yaml", "adapter.target_modules=[nope]", "--overwrite", cwd=place, code=2)
+    assert "adapter.target_modules" in done.stderr and "q_proj" in done.stderr and not (place / "run").exists()
 
 
 def test_arguments_for_a_launcher_that_is_not_there(place: Path) -> None:
