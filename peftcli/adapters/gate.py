@@ -273,15 +273,15 @@ def _check(model: Any, config: XLoraConfig, name: str) -> None:
 def _attach_expert(model: nn.Module, config: XLoraConfig, name: str, path: str, autocast: bool) -> None:
     folder = checkpoint.resolve_adapter_folder(path)
     lora = read_config(folder / CONFIG_NAME)
-    if not isinstance(lora, LoraConfig) or lora.variant:
-        kind = getattr(lora, "variant", None)
-        what = f"X-LoRA currently does not support LoRA layers with {'DoRA' if kind == 'use_dora' else kind}"
-        what = what if kind else None
-        raise InputError(what or f"is {lora.peft_type}; X-LoRA weighs LoRA only", place=folder, field=name)
+    if not isinstance(lora, LoraConfig):
+        raise InputError(f"is {lora.peft_type}; X-LoRA weighs LoRA only", place=folder, field=name)
+    if lora.variant:
+        kind = "DoRA" if lora.variant == "use_dora" else lora.variant
+        raise InputError(f"X-LoRA currently does not support LoRA layers with {kind}", place=folder, field=name)
     lora.inference_mode = config.inference_mode or not config.use_trainable_adapters
     tensors = checkpoint.read_tensors(folder)
     attached = attach(model, lora, name, autocast_adapter_dtype=autocast, initialize=False)
     checkpoint.load_state(attached, name, tensors, place=folder)
-    for path, layer in attached.layers():
+    for module, layer in attached.layers():
         if layer.site.kind not in ("linear", "embedding"):
-            raise InputError(f"a gate weighs tokens; a {layer.site.kind} module sees none", place=path)
+            raise InputError(f"a gate weighs tokens; a {layer.site.kind} module sees none", place=module)

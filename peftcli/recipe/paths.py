@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 OUTPUT = ("training", "output_dir")
 BASE = ("model", "name_or_path")
 RESUME = ("training", "resume_from_checkpoint")
+EXPERTS = ("adapter", "adapters")  # X-LoRA's
 LAUNCHER_FILE = ("launcher", "config")
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
@@ -65,6 +66,8 @@ def _refuse_input(node: Node) -> None:
 
 def _is_input_path(location: Location, node: Node) -> bool:
     text = str(node.value)
+    if location[:2] == EXPERTS:
+        return _is_local(text, node.origin.folder)
     if location == BASE:
         return not PACKAGE.fullmatch(text) and _is_local(text, node.origin.folder)
     if location == LAUNCHER_FILE:

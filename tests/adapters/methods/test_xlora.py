@@ -270,3 +270,17 @@ def test_experts_get_the_gradients_peft_gives_them(shared: Path, monkeypatch: py
     for name, (_, norm) in case.facts["grads"].items():
         ours = name.replace("base_model.lora_model.", "base_model.")
         assert gradients[ours].norm().item() == pytest.approx(norm, rel=1e-3), name
+
+
+def test_a_recipe_names_experts_from_its_own_folder(tmp_path: Path) -> None:
+    from peftcli.recipe.load import load_recipe
+
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {name_or_path: org/base}\ndata: {train: train.jsonl}\ntraining: {output_dir: out}\n"
+        "adapter: {method: xlora, adapters: {near: ./law, far: org/medicine}}\n"
+    )
+    config = load_recipe(recipe, []).adapter.config
+    assert isinstance(config, XLoraConfig)
+    assert config.adapters == {"near": str(tmp_path / "law"), "far": "org/medicine"}
