@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftcli.adapters.audit import Audit, audit_folder
 from peftcli.adapters.audit_modules import Part
-from peftcli.adapters.base import Adapter, DeltaAdapter, LowRankAdapter, Tensors, fill
+from peftcli.adapters.base import Adapter, DeltaAdapter, LowRankAdapter, SiteShape, Tensors, fill
 from peftcli.adapters.header import TensorInfo
 from peftcli.adapters.keys import PREFIX
 from peftcli.errors import InputError, InputErrors
@@ -83,9 +83,10 @@ class Source:
         """The method at a module, able to read the base weight."""
         assert self.part is not None
         fit = self.part.fits[self.paths[module]]
-        return type(fit.adapter)(fit.adapter.config, fit.shape, lambda: self._weight(fit.shape))
+        return type(fit.adapter)(fit.adapter.config, fit.shape, lambda: self.base_weight(fit.shape))
 
-    def _weight(self, shape: Any) -> Tensor:
+    def base_weight(self, shape: SiteShape) -> Tensor:
+        """The base's weight [out, in] at a module."""
         if self.base is None:
             raise InputError(
                 f"what {self.what} does at {shape.name} depends on the base's weight",
@@ -98,6 +99,11 @@ class Source:
     def what(self) -> str:
         """The method, as a message names it."""
         return "DoRA" if getattr(self.config, "use_dora", False) else self.config.peft_type
+
+    @property
+    def starts_from_quantized(self) -> bool:
+        """Whether the base was replaced by a quantised one when the adapter was made (LoftQ)."""
+        return getattr(self.config, "init_lora_weights", None) == "loftq"
 
     @cached_property
     def shared(self) -> dict[str, Tensor]:
@@ -140,7 +146,9 @@ class Source:
                 place=self.folder,
             )
         if 0 in adapter.shape.matrix and self.base is None:
-            self._weight(adapter.shape)
+            self.base_weight(adapter.shape)
+        if self.starts_from_quantized:
+            raise InputError("LoftQ's update belongs to a base quantised its way, not to the base", place=self.folder)
         p = self.tensors(module, adapter)
         if "lora_B.bias" in p:
             raise InputError("has `lora_bias`: a bias is no part of B A", place=self.folder, field="lora_bias")
@@ -149,7 +157,7 @@ class Source:
             return LowRank(a.double(), b.double())
         if isinstance(adapter, DeltaAdapter):
             return Dense(adapter.delta(p), self._nominal_rank(adapter))
-        weight = self._weight(adapter.shape)
+        weight = self.base_weight(adapter.shape)
         self._require_same_bias(adapter, p)
         return Dense(adapter.merged_weight(p, weight) - weight, self._nominal_rank(adapter))
 
