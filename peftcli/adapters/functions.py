@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 from torch import Tensor, nn  # noqa: TID253
 
@@ -64,19 +65,65 @@ def get_peft_model(
 
 
 def get_peft_model_state_dict(
-    model: nn.Module, adapter_name: str = "default", save_embedding_layers: bool | str = "auto"
+    model: nn.Module,
+    state_dict: dict[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
 ) -> dict[str, Tensor]:
-    """The tensors of one adapter, keyed as its file keys them."""
-    return checkpoint.adapter_state_dict(adapters_of(model), adapter_name, save_embedding_layers=save_embedding_layers)
+    """The tensors of one adapter, keyed as its file keys them.
+
+    Args:
+        model: a PeftModel, or a model an adapter was injected into.
+        state_dict: values by the model's own names, where they were gathered from several processes.
+        adapter_name: the adapter.
+        unwrap_compiled: the model is what `torch.compile` returned.
+        save_embedding_layers: also the base's embeddings: True, False, or `auto`: if tokens were added.
+    """
+    model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
+    attached = adapters_of(model)
+    if state_dict is None:
+        return checkpoint.adapter_state_dict(attached, adapter_name, save_embedding_layers=save_embedding_layers)
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    owned = checkpoint.owned_tensors(attached, adapter_name)
+    return {key: state_dict[names[id(tensor)]] for key, tensor in sorted(owned.items())}
 
 
-def set_peft_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str = "default") -> None:
+class LoadResult(NamedTuple):
+    """What `set_peft_model_state_dict` left out: nothing, or it would have raised."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: dict[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
     """Load a file's tensors into an adapter that is already attached.
+
+    Args:
+        model: a PeftModel, or a model an adapter was injected into.
+        peft_model_state_dict: tensors by the file's keys.
+        adapter_name: the adapter.
+        ignore_mismatched_sizes: leave tensors of another shape out, with a warning.
+        low_cpu_mem_usage: accepted; loading never takes more.
 
     Raises:
         InputErrors: listing every missing, unexpected and mis-shaped tensor.
     """
-    checkpoint.load_state(adapters_of(model), adapter_name, state_dict)
+    attached = adapters_of(model)
+    given = dict(peft_model_state_dict)
+    if ignore_mismatched_sizes:
+        owned = checkpoint.owned_tensors(attached, adapter_name)
+        for key in [key for key, tensor in given.items() if key in owned and owned[key].shape != tensor.shape]:
+            warnings.warn(f"{key} has another shape and is left as it is", stacklevel=2)
+            given[key] = owned[key].detach().clone()
+    checkpoint.load_state(attached, adapter_name, given)
+    return LoadResult([], [])
 
 
 def inject_adapter_in_model(

@@ -21,11 +21,13 @@ from peftcli import (
     check_if_peft_model,
     get_peft_config,
     get_peft_model,
+    get_peft_model_state_dict,
     hotswap_adapter,
     load_peft_weights,
     prepare_model_for_compiled_hotswap,
     prepare_model_for_kbit_training,
     rescale_adapter_scale,
+    set_peft_model_state_dict,
     shift_tokens_right,
 )
 from peftcli.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
@@ -170,3 +172,19 @@ def test_preparing_a_half_precision_model_leaves_its_matrices_alone() -> None:
     assert model.model.norm.weight.dtype == torch.float32
     assert not any(p.requires_grad for p in model.parameters())
     assert model.model.layers[0].gradient_checkpointing
+
+
+def test_state_dicts_as_peft_passes_them() -> None:
+    model = get_peft_model(mlp(), lora())
+    gathered = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    plain, moved = get_peft_model_state_dict(model), get_peft_model_state_dict(model, gathered, "default")
+    assert plain.keys() == moved.keys()
+    assert all(torch.equal(moved[key], plain[key] + 1) for key in plain)
+    compiled = torch.compile(model, backend="eager")
+    assert get_peft_model_state_dict(compiled, unwrap_compiled=True).keys() == plain.keys()
+    key = next(iter(plain))
+    with pytest.warns(UserWarning, match="another shape"):
+        result = set_peft_model_state_dict(model, {**moved, key: torch.zeros(1)}, ignore_mismatched_sizes=True)
+    assert result.unexpected_keys == []
+    now = get_peft_model_state_dict(model)
+    assert all(torch.equal(now[name], (plain if name == key else moved)[name]) for name in plain)
