@@ -14,6 +14,7 @@ from torch import nn  # noqa: TID253
 
 from peftcli.adapters.base import CopyNames
 from peftcli.adapters.context import BASE, ForwardContext
+from peftcli.adapters.quantized import is_quantized
 from peftcli.errors import InputError
 
 ROW_WISE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.GroupNorm)
@@ -35,6 +36,8 @@ class CopyLayer(nn.Module):
         super().__init__()
         if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
             raise InputError(f"{names.what} cannot be applied to modules of type {type(module).__name__}")
+        if any(is_quantized(part) for part in module.modules()):
+            raise InputError(f"{names.what} cannot be applied to quantised modules")
         self.names = names
         self.add_module(names.original, module)
         self.add_module(names.copies, nn.ModuleDict())

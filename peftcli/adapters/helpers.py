@@ -79,18 +79,23 @@ def prepare_model_for_kbit_training(
 ) -> nn.Module:
     """Freeze a quantised model and make it stable to train through.
 
-    Small half-precision tensors (norms, biases) go to float32. The output head stays as it is: in float32 it would turn
-    the logits of every position, the largest tensor of a step, to float32 as well.
+    Half-precision norms go to float32; what they give goes back to the precision of what they got, since one float32
+    activation would turn all that follow to float32. The output head stays as it is for the same reason: its logits are
+    the largest tensor of a step.
 
     Args:
         model: a model loaded in 8 or 4 bit.
         use_gradient_checkpointing: recompute activations in the backward pass.
         gradient_checkpointing_kwargs: for transformers; `use_reentrant` defaults to False.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.dtype in (torch.float16, torch.bfloat16) and parameter.dim() == 1:
-            parameter.data = parameter.data.float()
+    model.requires_grad_(False)
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        # Biases are left alone: kernels want them in the precision of their weight.
+        if own and all(p.dim() == 1 and p.is_floating_point() for p in own):
+            for parameter in own:
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            module.register_forward_hook(_in_precision_of_input)
     if use_gradient_checkpointing:
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         transformer: Any = model
@@ -100,6 +105,10 @@ def prepare_model_for_kbit_training(
         enable = getattr(model, "activation_checkpointing_enable", None) or transformer.gradient_checkpointing_enable
         enable(options)
     return model
+
+
+def _in_precision_of_input(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.to(inputs[0].dtype)
 
 
 def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_start_token_id: int) -> Tensor:

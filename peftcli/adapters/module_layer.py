@@ -28,8 +28,9 @@ class ModuleSite(Site):
 
     @property
     def stored(self) -> Tensor:
-        """Any of its weights, for its precision and place."""
-        return next(parameter for parameter in self.module.parameters() if parameter.is_floating_point())
+        """Any of its weights, for its precision and place: a floating one, unless all are quantised."""
+        parameters = list(self.module.parameters())
+        return next((parameter for parameter in parameters if parameter.is_floating_point()), parameters[0])
 
 
 class ModuleLayer(AdapterLayer):

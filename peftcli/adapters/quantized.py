@@ -14,6 +14,7 @@ from torch import Tensor, nn  # noqa: TID253
 
 from peftcli.adapters.base import SiteShape
 from peftcli.adapters.sites import LinearSite
+from peftcli.errors import InputError
 
 
 class QuantizedSite(LinearSite):
@@ -30,6 +31,18 @@ class QuantizedSite(LinearSite):
         x = args[0] if args else kwargs["input"]
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
+    def to_stored(self, matrix: Tensor) -> Tensor:
+        """Refused: a start or an adapter that changes the base weight would have to quantise it again.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "the base weight would have to change, and this module's is quantised",
+            place=self.name,
+            fix="use the base unquantised, or a start that leaves it as it is",
+        )
+
     def merged_module(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         out_features, in_features = weight.shape
         linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
@@ -40,21 +53,11 @@ class QuantizedSite(LinearSite):
 
 
 class Linear4bitSite(QuantizedSite):
-    """bitsandbytes' Linear4bit (NF4, FP4).
-
-    On CPUs with AVX512-BF16 an eval forward repacks the weight in place, after which dequantising gives garbage and
-    training sees other numbers than before. Adapted layers are kept from doing that.
-    """
+    """bitsandbytes' Linear4bit (NF4, FP4)."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         super().__init__(module, name)
-        self.module.support_avx512bf16_for_cpu = False
-        state = getattr(self.stored, "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-            weight: Any = self.stored
-            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+        keep_layout(module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,7 +88,33 @@ QUANTIZED_SITES: dict[str, type[QuantizedSite]] = {"Linear4bit": Linear4bitSite,
 """By class name, so that bitsandbytes need not be imported to find that a model has no such layer."""
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module is one of bitsandbytes' quantised linear layers."""
+    return _site_class(module) is not None
+
+
 def quantized_site(module: nn.Module, name: str) -> QuantizedSite | None:
     """The site of a quantised layer, or None for any other module."""
-    kind = next((QUANTIZED_SITES[c.__name__] for c in type(module).__mro__ if c.__name__ in QUANTIZED_SITES), None)
+    kind = _site_class(module)
     return kind(module, name) if kind else None
+
+
+def keep_layout(module: nn.Module) -> None:
+    """Keep a 4-bit layer from repacking its weight, and undo it where it has.
+
+    On CPUs with AVX512-BF16 an eval forward repacks the weight in place, after which dequantising gives garbage and
+    training sees other numbers than before.
+    """
+    if _site_class(module) is not Linear4bitSite:
+        return
+    layer: Any = module
+    layer.support_avx512bf16_for_cpu = False
+    state = getattr(layer.weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+
+
+def _site_class(module: nn.Module) -> type[QuantizedSite] | None:
+    return next((QUANTIZED_SITES[c.__name__] for c in type(module).__mro__ if c.__name__ in QUANTIZED_SITES), None)

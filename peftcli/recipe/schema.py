@@ -55,10 +55,12 @@ class QuantizationSection(Section):
     """Quantise the scales too: 0.4 bits a weight less."""
     bnb_4bit_compute_dtype: DataType = "bfloat16"
     """Type the 4-bit weights are expanded to for each multiplication."""
+    bnb_4bit_quant_storage: Literal["uint8"] | DataType = "uint8"
+    """Type the packed 4-bit codes are stored as; FSDP shards only floating ones, of the type it computes in."""
     llm_int8_threshold: Positive = 6.0
     """Inputs above this are multiplied in 16 bits (8 bits only)."""
     llm_int8_skip_modules: list[Text] | None = None
-    """Modules left as they are."""
+    """Modules left as they are, besides the heads, which always are."""
 
     @model_validator(mode="after")
     def _one_width(self) -> QuantizationSection:
@@ -175,6 +177,17 @@ class Recipe(Section):
                 "training.early_stopping_patience needs evaluations", fix="set data.eval, e.g. {split: 0.05}"
             )
         config = self.adapter.config
+        if self.quantization is not None and config is None:
+            raise contradiction(
+                "A quantised base can't be trained in full.",
+                fix="choose an adapter.method, or leave quantization out",
+            )
+        start = getattr(config, "init_lora_weights", None)
+        if self.quantization is not None and start in ("loftq", "lora_ga"):
+            raise contradiction(
+                f"A start by {start} needs the base's weights as they were before they were quantised.",
+                fix="leave quantization out, or choose another adapter.init_lora_weights",
+            )
         if self.training.gradient_checkpointing and config is not None and not config.allows_checkpointing:
             raise contradiction(
                 f"{config.peft_type} does not work with gradient checkpointing.",

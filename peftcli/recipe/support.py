@@ -17,7 +17,6 @@ TASK_TYPES = ("CAUSAL_LM",)
 FORMATS = ("auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text")
 PACKING = ("none",)
 LAUNCHERS = ("auto", "none", "accelerate")
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd")
 
 
 def unsupported(recipe: Recipe) -> Iterator[tuple[Location, str]]:
@@ -25,8 +24,6 @@ def unsupported(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     for location, value, able in _choices(recipe):
         if value not in able:
             yield location, f"`{value}` is not supported yet; today: {', '.join(able)}"
-    if recipe.quantization is not None:
-        yield ("quantization",), "quantised bases are not supported yet; today: leave the section out"
 
 
 def _choices(recipe: Recipe) -> Iterator[tuple[Location, str, tuple[str, ...]]]:
@@ -36,5 +33,4 @@ def _choices(recipe: Recipe) -> Iterator[tuple[Location, str, tuple[str, ...]]]:
         for index, source in enumerate(sources if isinstance(sources, tuple) else ()):
             yield ("data", section, index, "format"), source.format or "auto", FORMATS
     yield ("data", "packing"), recipe.data.packing, PACKING
-    yield ("training", "optim"), recipe.training.optim, OPTIMIZERS
     yield ("launcher", "type"), recipe.launcher.type, LAUNCHERS

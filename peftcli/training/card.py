@@ -16,7 +16,7 @@ from peftcli.errors import printable
 from peftcli.recipe.redact import redact
 
 if TYPE_CHECKING:
-    from peftcli.recipe.schema import Recipe
+    from peftcli.recipe.schema import QuantizationSection, Recipe
 
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 _METRICS = {"eval_loss": "loss", "eval_perplexity": "perplexity", "eval_token_accuracy": "token accuracy"}
@@ -83,11 +83,20 @@ def _training_facts(recipe: Recipe, data: Mapping[str, Any], step: int) -> dict[
         "optimizer": training.optim,
         "seed": str(training.seed),
     }
+    if recipe.quantization is not None:
+        facts["base in"] = _quantization(recipe.quantization)
     config = recipe.adapter.config
     for name in ("r", "lora_alpha"):
         if hasattr(config, name):
             facts[name] = str(getattr(config, name))
     return facts
+
+
+def _quantization(section: QuantizationSection) -> str:
+    if section.load_in_8bit:
+        return "8 bits (LLM.int8)"
+    double = ", double quantised" if section.bnb_4bit_use_double_quant else ""
+    return f"4 bits ({section.bnb_4bit_quant_type}{double}), computed in {section.bnb_4bit_compute_dtype}"
 
 
 def _table(rows: Mapping[str, str]) -> str:

@@ -23,6 +23,7 @@ from peftcli.adapters.config import CONFIG_NAME as ADAPTER_CONFIG
 from peftcli.errors import InputError, InputErrors, RunError, nearest, printable
 from peftcli.training.base_checks import CONFIG, check_base, needs_remote_code
 from peftcli.training.locate import resolve_base
+from peftcli.training.quantized import check_quantization, prepare, quantization_config
 from peftcli.training.quiet import quiet_transformers
 from peftcli.training.tokenizer import read_tokenizer
 
@@ -121,11 +122,11 @@ def meta_base(model: ModelSection) -> PreTrainedModel:
 def load_base(
     model: ModelSection, quantization: QuantizationSection | None = None, *, device: torch.device | str | None = None
 ) -> PreTrainedModel:
-    """The base with its weights, in eval mode.
+    """The base with its weights, in eval mode. A quantised one is frozen and made fit to train on.
 
     Args:
         model: the recipe's section.
-        quantization: load the linear layers in 4 or 8 bits.
+        quantization: load the linear layers in 4 or 8 bits; None also takes a base that is stored so.
         device: where to; `training_device()` when None.
 
     Raises:
@@ -134,13 +135,14 @@ def load_base(
     """
     device = torch.device(device) if device is not None else training_device()
     base = open_base(model)
+    check_quantization(quantization, base.facts)
     with torch.device("meta"):
-        base.empty()  # refuses shapes that don't fit before they are allocated
+        empty = base.empty()  # refuses shapes that don't fit before they are allocated
     arguments: dict[str, Any] = {}
     if device.type != "cpu":
         arguments["device_map"] = {"": device}
-    if quantization is not None:
-        arguments["quantization_config"] = _bitsandbytes(quantization)
+    if quantization is not None and "quantization_config" not in base.facts.config:
+        arguments["quantization_config"] = quantization_config(quantization, empty)
     with _explained(model, base.facts), quiet_transformers(), _without_adapter(base.facts.folder) as folder:
         loaded, report = base.auto_class.from_pretrained(
             folder,
@@ -155,6 +157,7 @@ def load_base(
         )
     _check_complete(loaded, report, model.task_type, base.facts)
     _name(loaded, model.name_or_path)
+    prepare(loaded)
     return loaded.eval()
 
 
@@ -239,12 +242,6 @@ def _check_complete(model: PreTrainedModel, report: dict[str, Any], task_type: s
             f"{printable(unused[0])} for one",
             stacklevel=3,
         )
-
-
-def _bitsandbytes(quantization: QuantizationSection) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(**quantization.model_dump())
 
 
 def _name(model: PreTrainedModel, name: str) -> None:

@@ -10,6 +10,7 @@ from torch.optim import SGD, AdamW, Optimizer  # noqa: TID253
 from torch.optim.lr_scheduler import LRScheduler  # noqa: TID253
 
 from peftcli.errors import InputError, nearest, printable
+from peftcli.training.quantized import require_bitsandbytes
 
 if TYPE_CHECKING:
     from peftcli.recipe.training_section import TrainingSection
@@ -23,6 +24,16 @@ class Builder(Protocol):
     """Makes an optimizer from parameter groups that carry their own `lr` and `weight_decay`."""
 
     def __call__(self, groups: list[Group], settings: TrainingSection) -> Optimizer: ...
+
+
+def check_optimizer(settings: TrainingSection) -> None:
+    """Refuse an optimizer whose package is missing.
+
+    Raises:
+        InputError: naming the package.
+    """
+    if settings.optim in BITSANDBYTES:
+        require_bitsandbytes(f"training.optim={settings.optim}", "use adamw_torch")
 
 
 def build_optimizer(model: nn.Module, settings: TrainingSection) -> Optimizer:
@@ -133,21 +144,19 @@ def _adafactor(groups: list[Group], settings: TrainingSection) -> Optimizer:
     return Adafactor(groups, lr=settings.learning_rate, scale_parameter=False, relative_step=False)
 
 
-def _bitsandbytes(name: str) -> Builder:
-    """A builder of `bitsandbytes.optim.<name>`."""
+def _bitsandbytes(groups: list[Group], settings: TrainingSection) -> Optimizer:
+    check_optimizer(settings)
+    import bitsandbytes
 
-    def build(groups: list[Group], settings: TrainingSection) -> Optimizer:
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            raise InputError(
-                "needs the package bitsandbytes, which is not installed",
-                field=f"training.optim={settings.optim}",
-                fix="pip install 'peftcli[quantization]', or use adamw_torch",
-            ) from error
-        return getattr(bitsandbytes.optim, name)(groups, **_adam_arguments(settings))
+    return getattr(bitsandbytes.optim, BITSANDBYTES[settings.optim])(groups, **_adam_arguments(settings))
 
-    return build
+
+BITSANDBYTES = {
+    "adamw_8bit": "AdamW8bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+    "paged_adamw_32bit": "PagedAdamW32bit",
+}
+"""Class in `bitsandbytes.optim` by name."""
 
 
 BUILDERS: dict[str, Builder] = {
@@ -155,9 +164,7 @@ BUILDERS: dict[str, Builder] = {
     "adamw_torch_fused": _adamw_fused,
     "sgd": _sgd,
     "adafactor": _adafactor,
-    "adamw_8bit": _bitsandbytes("AdamW8bit"),
-    "paged_adamw_8bit": _bitsandbytes("PagedAdamW8bit"),
-    "paged_adamw_32bit": _bitsandbytes("PagedAdamW32bit"),
+    **dict.fromkeys(BITSANDBYTES, _bitsandbytes),
 }
 
 

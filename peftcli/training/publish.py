@@ -35,6 +35,7 @@ class RunResult:
         metrics: the evaluation of that step, or None.
         verified: how the saved files were proved to be the trained model.
         difference: largest |difference| of a logit after reloading.
+        quantization: how the base was quantised, or None. A merge has to take it back first.
         stopped: why the run ended before its last step, or None.
         seconds: time in the training loop.
         tokens: tokens seen, without padding.
@@ -48,6 +49,7 @@ class RunResult:
     metrics: dict[str, float] | None
     verified: str
     difference: float
+    quantization: dict[str, Any] | None
     stopped: str | None
     seconds: float
     tokens: int

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,12 +122,25 @@ def split_optimizer(optimizer: Optimizer, names: list[str]) -> tuple[dict[str, T
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
     for index, entry in state["state"].items():
-        for field, value in entry.items():
+        for field, value in _unwrapped(entry):
             if isinstance(value, Tensor):
                 tensors[f"{names[index]}/{field}"] = value
             else:
                 values.setdefault(names[index], {})[field] = value
     return tensors, {"groups": state["param_groups"], "values": values}
+
+
+def _unwrapped(entry: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A parameter's state, field by field.
+
+    bitsandbytes hides its own tensors from FSDP in an inner dict, and takes them back with or without it. Copies, since
+    parameters share the table of 8-bit values and a file holds no tensor twice.
+    """
+    for field, value in entry.items():
+        if isinstance(value, dict):
+            yield from ((name, tensor.clone()) for name, tensor in value.items())
+        else:
+            yield field, value
 
 
 def join_optimizer(optimizer: Optimizer, names: list[str], folder: Path, plain: dict[str, Any]) -> None:

@@ -128,6 +128,7 @@ class _Worker:
 
     def _finish(self, outcome: Outcome, written: Path, difference: float) -> RunResult:
         """Put what was verified in its place, with card, plot and result."""
+        quantization = self.recipe.quantization
         best = self.recipe.training.load_best_model_at_end and outcome.best_step is not None
         step = outcome.best_step if best and outcome.best_step is not None else outcome.steps
         metrics = outcome.best_metrics if best else outcome.metrics
@@ -143,6 +144,7 @@ class _Worker:
             metrics=metrics,
             verified=f"reloaded, max |dlogit| {difference:.2g}" if difference else "reloaded, max |dlogit| 0.0",
             difference=difference,
+            quantization=quantization.model_dump(mode="json") if quantization else None,
             stopped=outcome.stopped,
             seconds=round(outcome.seconds, 3),
             tokens=outcome.tokens,

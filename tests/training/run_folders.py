@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -18,21 +19,29 @@ from training.tiny import VOCABULARY, random_data, tiny_llama
 LORA = {"method": "lora", "r": 4, "target_modules": ["q_proj", "up_proj"], "lora_dropout": 0.1}
 
 
-def save_base(folder: Path) -> Path:
+def save_base(folder: Path, *, dtype: torch.dtype = torch.float32, **sizes: Any) -> Path:
     with quiet_transformers():
-        tiny_llama().save_pretrained(folder)
+        tiny_llama(**sizes).to(dtype).save_pretrained(folder)
     words = Tokenizer(WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1").save_pretrained(folder)
     return folder
 
 
-def prepare_run(folder: Path, base: Path, adapter: dict[str, Any] | None = None, **training: Any) -> Path:
+def prepare_run(
+    folder: Path,
+    base: Path,
+    adapter: dict[str, Any] | None = None,
+    *,
+    quantization: dict[str, Any] | None = None,
+    **training: Any,
+) -> Path:
     """Everything the worker reads."""
     quick = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
     recipe = Recipe.model_validate(
         {
             "model": {"name_or_path": str(base)},
             "adapter": adapter or LORA,
+            "quantization": quantization,
             "data": {"train": "/data/train.jsonl"},
             "training": {"output_dir": str(folder), **quick, **training},
             "launcher": {"num_processes": "auto"},
