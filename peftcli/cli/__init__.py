@@ -27,6 +27,7 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 COMMANDS = {
     "train": "Train an adapter as a recipe says.",
     "merge": "Merge adapters into one.",
+    "export": "Write an adapter in another form, merged into its base among them.",
     "eval": "Compare a base model with its adapters.",
     "inspect": "Show what an adapter, checkpoint or recipe holds.",
 }

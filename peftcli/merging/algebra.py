@@ -150,12 +150,9 @@ def compress(update: Update, rank: Rank, generator: Generator) -> Compressed:
     Args:
         generator: randomness of the decomposition of large matrices.
     """
-    if isinstance(update, LowRank):
-        u, s, vh = _thin_svd(update)
-        total = float((s**2).sum())
-    else:
-        total = update.norm() ** 2
-        u, s, vh = _matrix_svd(update.matrix, rank, generator)
+    u, s, vh = _thin_svd(update) if isinstance(update, LowRank) else _matrix_svd(update.matrix, rank, generator)
+    is_whole = isinstance(update, LowRank) or len(s) == min(update.shape)
+    total = float((s.double() ** 2).sum()) if is_whole else update.norm() ** 2
     count = _count(s, total, rank)
     factors = LowRank(vh[:count].double(), (u[:, :count] * s[:count]).double())
     kept = float((s[:count].double() ** 2).sum())

@@ -1,0 +1,184 @@
+"""Adapters as adapters: a clean copy, any update as LoRA, and the plain LoRA that every program reads."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcli import __version__
+from peftcli.adapters.audit import WEIGHTS_NAME
+from peftcli.adapters.config import CONFIG_NAME
+from peftcli.adapters.keys import PREFIX
+from peftcli.errors import InputError, InputErrors, printable
+from peftcli.export.merged import KINDS, TOKENIZER_FILES
+from peftcli.lazy import torch
+from peftcli.merging.algebra import LowRank, Rank, compress
+from peftcli.merging.base_weights import BaseWeights
+from peftcli.merging.copies import copy_fields
+from peftcli.merging.lora_file import lora_config, lora_tensors, write_config
+from peftcli.merging.output import new_folder, require_free
+from peftcli.merging.report import base_label, front_matter
+from peftcli.merging.source import Source
+from peftcli.merging.tensors import TensorWriter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CARD = "README.md"
+NEGLIGIBLE = 1e-9
+"""Lost energy that is rounding."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An adapter that was written.
+
+    Attributes:
+        modules: how many it adapts.
+        ranks: the smallest and largest rank; None where there is none.
+        energy: share of the updates' squared norm it holds, all modules together.
+        is_exact: whether it is the same update, rounding apart.
+    """
+
+    modules: int
+    ranks: tuple[int, int] | None
+    energy: float
+    is_exact: bool
+
+
+def export_peft(adapter: Path, output: Path, *, overwrite: bool = False) -> Exported:
+    """A clean copy: safetensors, keys and config as PEFT writes them, tokenizer and card; nothing else.
+
+    Raises:
+        InputErrors: what is wrong with the adapter.
+    """
+    require_free(output, inputs=[adapter], overwrite=overwrite)
+    source = Source(adapter)
+    with new_folder(output, inputs=[adapter], overwrite=overwrite, size=2 * source.audit.file.size) as folder:
+        with TensorWriter(folder / WEIGHTS_NAME) as writer:
+            for name, info in sorted(source.audit.file.tensors.items()):
+                writer.add(name, source.read(info))
+        write_config(folder, source.config)
+        _copy_beside(adapter, folder, card=True)
+    return Exported(len(source.paths), None, 1.0, True)
+
+
+def export_lora(
+    adapter: Path,
+    output: Path,
+    *,
+    portable: bool,
+    rank: Rank | None = None,
+    base: Path | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Any adapter with an update as LoRA whose scaling is 1.
+
+    Args:
+        adapter: its folder.
+        output: the folder to write.
+        portable: one rank for all modules, filled up with zeros, and nothing beside A and B, so that PEFT from 0.13.0,
+            vLLM, SGLang and llama.cpp all read it and mean the same.
+        rank: cut the update to it; by default products stay exact, and other updates get their method's rank.
+        base: the base model's folder, for methods whose update depends on it.
+        dtype: of the tensors; float32 by default.
+        overwrite: replace an earlier result.
+
+    Raises:
+        InputErrors: naming what LoRA, or portable LoRA, can't hold.
+    """
+    inputs = [adapter, *([base] if base else [])]
+    require_free(output, inputs=inputs, overwrite=overwrite)
+    if dtype is not None and dtype not in KINDS:
+        raise InputError(f"{dtype!r} is no dtype to write", field="--dtype", allowed=", ".join(KINDS))
+    source = Source(adapter, BaseWeights(base) if base else None)
+    _refuse(source, portable=portable)
+    factors, energy, is_exact = _factors(source, rank)
+    ranks = {module: pair.rank for module, pair in factors.items()}
+    if portable:
+        ranks = dict.fromkeys(ranks, max(ranks.values()))
+    size = 8 * sum(pair.a.numel() + pair.b.numel() for pair in factors.values())
+    with new_folder(output, inputs=inputs, overwrite=overwrite, size=size) as folder:
+        with TensorWriter(folder / WEIGHTS_NAME) as writer:
+            for module, pair in factors.items():
+                shape = source.adapter(module).shape
+                for key, tensor in lora_tensors(shape, padded(pair, ranks[module])).items():
+                    writer.add(key, tensor.to(getattr(torch, dtype or "float32")))
+            for name, info in sorted(source.copies.items()):
+                writer.add(PREFIX + name, source.read(info))
+        fields: dict[str, Any] = copy_fields([source])
+        write_config(folder, lora_config([source.config], ranks, **fields))
+        _copy_beside(adapter, folder, card=False)
+        (folder / CARD).write_text(_card(source, output.resolve().name), encoding="utf-8")
+    return Exported(len(factors), (min(ranks.values()), max(ranks.values())), energy, is_exact)
+
+
+def padded(factors: LowRank, rank: int) -> LowRank:
+    """The same product with rows and columns of zeros."""
+    missing = rank - factors.rank
+    a: Tensor = torch.nn.functional.pad(factors.a, (0, 0, 0, missing))
+    return LowRank(a, torch.nn.functional.pad(factors.b, (0, missing)))
+
+
+def _factors(source: Source, rank: Rank | None) -> tuple[dict[str, LowRank], float, bool]:
+    """The update of each module as a product, the share of the squared norm they hold, and whether that is all of it."""
+    factors: dict[str, LowRank] = {}
+    kept = total = 0.0
+    generator = torch.Generator().manual_seed(0)
+    for module in source.paths:
+        update = source.update(module)
+        if isinstance(update, LowRank) and rank is None:
+            factors[module] = update
+            square = update.norm() ** 2
+            kept, total = kept + square, total + square
+            continue
+        made = compress(update, rank or Rank(number=update.rank), generator)
+        factors[module] = made.factors
+        kept, total = kept + made.energy * made.norm**2, total + made.norm**2
+    if not factors:
+        raise InputError("adapts no module", place=source.folder)
+    energy = kept / total if total > 0 else 1.0
+    return factors, energy, energy > 1 - NEGLIGIBLE
+
+
+def _refuse(source: Source, *, portable: bool) -> None:
+    """What is no update of a weight matrix, by name."""
+    if source.part is None:
+        raise InputError(f"{source.what} is a prompt, which LoRA can't hold", place=source.folder)
+    problems = [
+        f"{printable(module)} has trainable tokens, which are rows and no update"
+        for part in source.companions
+        for module in part.modules
+    ]
+    if portable:
+        problems += [f"{printable(name)} is trained in full" for name in source.copies]
+        if getattr(source.config, "layer_replication", None):
+            problems.append("layer_replication: no other program knows it")
+    fix = "merge it into the base: peft export --to merged"
+    if problems:
+        raise InputErrors(InputError(problem, place=source.folder, fix=fix) for problem in problems)
+
+
+def _copy_beside(source: Path, folder: Path, *, card: bool) -> None:
+    """The tokenizer an adapter was trained with, and its card if it still fits."""
+    for path in sorted(source.iterdir()):
+        wanted = re.fullmatch(TOKENIZER_FILES, path.name) or (card and path.name == CARD)
+        if wanted and path.is_file():
+            shutil.copyfile(path, folder / path.name)
+
+
+def _card(source: Source, name: str) -> str:
+    base = source.config.base_model_name_or_path
+    return "\n".join(
+        [
+            front_matter(base, ["lora"]),
+            f"# `{printable(name).replace('`', '')}`\n",
+            f"LoRA for `{printable(base_label(base)).replace('`', '')}`, made by `peft export` from a {source.what} adapter:",
+            f"{CONFIG_NAME} and weights of sha256 `{source.sha256}`.\n",
+            f"### Framework versions\n\n- peftcli {__version__}\n",
+        ]
+    )
