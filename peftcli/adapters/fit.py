@@ -65,7 +65,7 @@ def probes(cls: type[Adapter], module: str, kernel: tuple[int, ...] = ()) -> Ite
     """Modules to ask a method at, of every kind it knows."""
     for kind in KINDS:
         for in_features, out_features in PROBES if kind in cls.kinds else ():
-            for has_bias in (False, True) if kind == "module" else (False,):
+            for has_bias in (False, True) if kind in ("linear", "module") else (False,):
                 yield SiteShape(
                     module, kind, in_features, out_features, kernel if kind == "conv" else (), has_bias=has_bias
                 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch  # noqa: TID253
@@ -152,7 +153,12 @@ class AdapterLayer(nn.Module):
         if slot.leaf:
             if name not in container:
                 container[name] = Weights()
-            container, leaf = container[name], slot.leaf
+            container = container[name]
+            *parents, leaf = slot.leaf.split(".")
+            for parent in parents:  # `0.weight` of a list of layers
+                if parent not in container._modules:
+                    container.add_module(parent, Weights())
+                container = container._modules[parent]
         value = nn.Parameter(tensor) if slot.spec.trainable else tensor
         if not slot.leaf:
             container[leaf] = value
@@ -169,7 +175,7 @@ class AdapterLayer(nn.Module):
         """One adapter's tensors with their places, without the shared ones."""
         for slot in self._slots[name]:
             held: Any = self._modules[slot.head]
-            yield slot, getattr(held[name], slot.leaf) if slot.leaf else held[name]
+            yield slot, attrgetter(slot.leaf)(held[name]) if slot.leaf else held[name]
 
     def tensors(self, name: str) -> Tensors:
         """One adapter's tensors as its equation wants them."""
@@ -281,13 +287,20 @@ class AdapterLayer(nn.Module):
             x = F.dropout(x, adapter.dropout)
         update = adapter.activation(p, x, self.site)
         if update is None:
-            update = self.site.run_rebuilt(lambda: (adapter.delta(p).to(self.site.dtype), None), x, *args, **kwargs)
+            update = self.site.run_rebuilt(lambda: self._added(adapter, p), x, *args, **kwargs)
         keep = adapter.keep() if self.training else None
         if keep is not None:
             update = update * self.site.broadcast(keep).to(update)
         if isinstance(share, Tensor):
             share = share.reshape(*update.shape[:-1], 1).to(update)
         return y + (update if isinstance(share, float) and share == 1 else update * share).to(y.dtype)
+
+    def _added(self, adapter: DeltaAdapter, p: Tensors) -> tuple[Tensor, Tensor | None]:
+        """dW [out, in] and what is added to the bias [out], where there is one and the method changes it."""
+        bias, dtype = self.site.bias, self.site.dtype
+        if bias is None or type(adapter).merged_bias is Adapter.merged_bias:
+            return adapter.delta(p).to(dtype), None
+        return adapter.delta(p).to(dtype), (adapter.merged_bias(p, bias) - bias).to(dtype)
 
     @staticmethod
     def _in_precision_of(p: Tensors, function: Any, x: Tensor) -> Tensor:

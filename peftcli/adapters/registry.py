@@ -59,6 +59,14 @@ METHODS: dict[str, Method] = {
     "VBLORA": Method("vblora", "VBLoRAConfig", "VBLoRA"),
     "XLORA": Method("xlora", "XLoraConfig", "XLora"),
     "FOURIERFT": Method("fourierft", "FourierFTConfig", "FourierFT"),
+    "WAVEFT": Method("waveft", "WaveFTConfig", "WaveFT"),
+    "PVERA": Method("pvera", "PveraConfig", "Pvera"),
+    "BEFT": Method("beft", "BeftConfig", "Beft"),
+    "SUPERTUNING": Method("supertuning", "SupertuningConfig", "Supertuning"),
+    "DEFT": Method("deft", "DeftConfig", "Deft"),
+    "GLORA": Method("glora", "GloraConfig", "Glora"),
+    "PSOFT": Method("psoft", "PsoftConfig", "Psoft"),
+    "PEANUT": Method("peanut", "PeanutConfig", "Peanut"),
 }
 
 

@@ -113,6 +113,23 @@ ROWS = [
     Row("GRALORA", {"r": 4, "alpha": 6}),
     Row("GRALORA", {"r": 2, "alpha": 6, "hybrid_r": 3, "gralora_k": 2}),
     Row("DELORA", {"r": 4, "delora_lambda": 3}),
+    Row("WAVEFT", {"n_frequency": 50, "wavelet_family": "db2", "scaling": 5}),
+    Row("WAVEFT", {"n_frequency": 60, "scaling": 5, "use_idwt": False, "init_weights": False}, identity=False),
+    Row("PVERA", {"r": 8, "d_initial": 0.5}),
+    Row("BEFT", without=("linear_no_bias",)),
+    Row("SUPERTUNING", {"sparsity": 0.8}),
+    Row("SUPERTUNING", {"sparsity": 0.9, "r": 2, "lora_dropout": 0.5, "save_precomputed_indices": False}),
+    Row("DEFT", {"r": 4}),
+    Row("DEFT", {"r": 2, "alpha": 3, "decomposition_method": "qr", "deft_dropout": 0.5}, without=("attention",)),
+    Row("DEFT", {"r": 2, "para": True}, identity=False),
+    Row("GLORA", {"r": 2}, no_gradient=("glora_D",)),  # it multiplies the bias, which GPT-2's Conv1D starts at zero
+    Row("GLORA", {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}, no_gradient=("glora_D",)),
+    Row("GLORA", {"config_A_B": "constant", "config_C": "none", "config_D_E": "none"}),
+    Row("PSOFT", {"r": 4}),
+    Row("PSOFT", {"r": 4, "psoft_svd": "lowrank", "ab_svd_init": "pissa_init", "use_cayley_neumann": True}),
+    Row("PSOFT", {"r": 3, "psoft_orth": False, "psoft_mag_a": False}),
+    Row("PEANUT", {"r": 4, "act_fn": "gelu"}),
+    Row("PEANUT", {"r": 4, "depth": 2, "act_fn": "tanh", "scaling": 0.5}),
     Row("OSF", {"effective_rank": 4}),
 ]
 

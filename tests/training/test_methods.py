@@ -31,6 +31,7 @@ SHRUNK: dict[str, dict[str, Any]] = {
     "trainable-tokens": {"trainable_token_indices": [3, 5]},
     "vblora": {"vector_length": 8, "num_vectors": 12},
     "vera": {"r": 8},
+    "waveft": {"n_frequency": 20},
 }
 """Sizes that fit 16 hidden features instead of 576."""
 
