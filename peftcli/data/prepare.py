@@ -136,6 +136,8 @@ class _Reader:
         part.refuse_overlong(self._data.max_length)
         if not len(part.dataset):
             raise part.nothing_left()
+        if any(source.task for source in sources):
+            part.dataset.tasks = np.array([sources[index].task for index in part.source_of], np.int64)
         return part
 
     def _samples(self, part: Part, source: DataSource, splits: tuple[str, ...]) -> Iterator[Sample]:

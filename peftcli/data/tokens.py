@@ -1,4 +1,4 @@
-"""A tokenised data set as three flat columns, the form it has on disk and in memory."""
+"""A tokenised data set as flat columns, the form it has on disk and in memory."""
 
 from __future__ import annotations
 
@@ -24,12 +24,21 @@ class TokenDataset:
         supervised: [tokens] bool; token t of a sample is a label of the next-token loss where this is true. Never true
             at t = 0, which nothing predicts, so `supervised.sum()` is the exact number of labels.
         offsets: [samples + 1] int64, from 0 to the number of tokens.
+        tasks: [samples] int64, the task each sample is of; None where there is only one.
     """
 
-    def __init__(self, input_ids: NDArray[np.int32], supervised: NDArray[np.bool_], offsets: NDArray[np.int64]) -> None:
+    def __init__(
+        self,
+        input_ids: NDArray[np.int32],
+        supervised: NDArray[np.bool_],
+        offsets: NDArray[np.int64],
+        tasks: NDArray[np.int64] | None = None,
+    ) -> None:
         if len(input_ids) != len(supervised) or offsets[0] != 0 or offsets[-1] != len(input_ids):
             raise ValueError("the columns of a TokenDataset do not fit together")
-        self.input_ids, self.supervised, self.offsets = input_ids, supervised, offsets
+        if tasks is not None and len(tasks) != len(offsets) - 1:
+            raise ValueError(f"{len(tasks)} tasks for {len(offsets) - 1} samples")
+        self.input_ids, self.supervised, self.offsets, self.tasks = input_ids, supervised, offsets, tasks
 
     @classmethod
     def from_samples(cls, samples: Iterable[Sample]) -> TokenDataset:
@@ -66,13 +75,21 @@ class TokenDataset:
 
     def select(self, indices: Sequence[int] | NDArray[np.int64]) -> TokenDataset:
         """A copy with the samples at `indices`, in that order; an index may come more than once."""
-        return TokenDataset.from_samples(self[int(index)] for index in indices)
+        chosen = TokenDataset.from_samples(self[int(index)] for index in indices)
+        chosen.tasks = None if self.tasks is None else self.tasks[np.asarray(indices, np.int64)]
+        return chosen
+
+    def columns(self) -> list[NDArray[np.generic]]:
+        """All that there is, in the order of the constructor."""
+        columns: list[NDArray[np.generic]] = [self.input_ids, self.supervised, self.offsets]
+        return columns if self.tasks is None else [*columns, self.tasks]
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; it appears whole or not at all."""
         from safetensors.numpy import save
 
-        columns = {"input_ids": self.input_ids, "supervised": self.supervised, "offsets": self.offsets}
+        names = ("input_ids", "supervised", "offsets", "tasks")
+        columns = dict(zip(names, self.columns(), strict=False))
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         unfinished.write_bytes(save(columns))
         os.replace(unfinished, path)

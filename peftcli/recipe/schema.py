@@ -89,6 +89,8 @@ class DataSource(Section):
     """How often each sample is seen in an epoch; a fraction takes that part of them."""
     max_samples: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
     """Read at most this many samples."""
+    task: Annotated[int, Field(ge=0, lt=1 << 20)] = 0
+    """Number of the task these samples are of, for methods that learn several (poly, multitask_prompt_tuning)."""
 
 
 class EvalSplit(Section):

@@ -42,11 +42,13 @@ def evaluation_batches(lengths: ArrayLike, size: int, *, world_size: int = 1, ra
 
 
 def to_batch(dataset: TokenDataset, indices: list[int], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels` [B, T] on the device.
+    """`input_ids`, `attention_mask` and `labels` [B, T], and `task_ids` [B] where there are several, on the device.
 
     An empty list gives a batch without labels, so that this process can keep step with the others.
     """
     arrays = collate([dataset[index] for index in indices or [0]], pad_token_id)
     if not indices:
         arrays["labels"].fill(IGNORED)
+    if dataset.tasks is not None:
+        arrays["task_ids"] = dataset.tasks[indices or [0]]
     return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}

@@ -78,32 +78,35 @@ def exporter(recipe: Recipe, model: Any) -> Export:
     return export
 
 
-def probe_ids(data: TokenDataset, device: torch.device) -> Tensor:
-    """The first tokens of the first sample [1, T]."""
-    return torch.from_numpy(data[0][0][:PROBE_TOKENS]).long().unsqueeze(0).to(device)
+def probe_of(data: TokenDataset, device: torch.device) -> dict[str, Tensor]:
+    """The first tokens of the first sample, `input_ids` [1, T], and its task where there are several."""
+    probe = {"input_ids": torch.from_numpy(data[0][0][:PROBE_TOKENS]).long().unsqueeze(0).to(device)}
+    return probe if data.tasks is None else {**probe, "task_ids": torch.from_numpy(data.tasks[:1]).to(device)}
 
 
 @torch.no_grad()
-def probe_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits [1, T, V] on the CPU, without dropout."""
-    return model.eval()(input_ids=ids, use_cache=False).logits.float().cpu()
+def probe_logits(model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
+    """Logits [1, T, V] of the probe's text on the CPU, without dropout; virtual tokens in front are left out."""
+    logits = model.eval()(**probe, use_cache=False).logits
+    return logits[:, -probe["input_ids"].shape[1] :].float().cpu()
 
 
-def reload_difference(recipe: Recipe, folder: Path, ids: Tensor, expected: Tensor) -> float:
+def reload_difference(recipe: Recipe, folder: Path, probe: dict[str, Tensor], expected: Tensor) -> float:
     """Load the written files as a user would, and return the largest difference of a logit.
 
     Raises:
         RunError: they are not the model that was trained.
     """
+    device = probe["input_ids"].device
     if recipe.adapter.config is None:
         section = recipe.model.model_copy(update={"name_or_path": str(folder), "revision": None})
-        model: nn.Module = load_base(section, recipe.quantization, device=ids.device)
+        model: nn.Module = load_base(section, recipe.quantization, device=device)
     else:
         from peftcli import PeftModel
 
-        base = load_base(recipe.model, recipe.quantization, device=ids.device)
+        base = load_base(recipe.model, recipe.quantization, device=device)
         model = PeftModel.from_pretrained(base, folder)
-    difference = float((probe_logits(model, ids)[:, -ids.shape[1] :] - expected).abs().max())
+    difference = float((probe_logits(model, probe) - expected).abs().max())
     if not difference <= TOLERANCE * float(expected.abs().max()):
         raise RunError(
             f"{folder}: the written files are not the model that was trained: logits differ by {difference:.3g}. "

@@ -92,5 +92,5 @@ def identity(trainer: Trainer) -> dict[str, Any]:
         **trainer.identity,
         **{f"training.{name}": settings[name] for name in MUST_NOT_CHANGE},
         "processes": trainer.world_size,
-        "data.train": state.fingerprint(data.input_ids, data.supervised, data.offsets),
+        "data.train": state.fingerprint(*data.columns()),
     }
