@@ -7,7 +7,7 @@ one alpha / r scales modules wrongly and says nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from math import isclose, sqrt
 from pathlib import Path
@@ -220,8 +220,3 @@ CHECKS: dict[str, list[Callable[[Audit], Row]]] = {
         _scale("one alpha over each module's rank", _by_tensor),
     ],
 }
-
-
-def reasons(audit: Audit, target: str) -> Iterator[str]:
-    """What stands in the way, in short, for a list of programs."""
-    return (row.note for row in judge_audit(audit, target) if row.verdict != "ok")
