@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,7 @@ def owned_tensors(attached: Attached, name: str) -> dict[str, Tensor]:
             owned.update(
                 {f"{attached.key_prefix}{path}.{copied.names.saved}{key}": tensor for key, tensor in state.items()}
             )
-    if name in attached.biases:
-        biases = attached.biases[name]
-        paths = {module: path for path, module in attached.root.named_modules()}
-        for (module, parameter), trained in zip(biases.owners, biases.trained, strict=True):
-            owned[f"{attached.key_prefix}{paths[module]}.{parameter}"] = trained
+    owned.update(bias_tensors(attached, name))
     for key, bank in attached.shared.items():
         if name in bank and shared_is_saved(attached, name, key):
             owned[f"base_model.{key}"] = bank[name]
@@ -65,6 +62,18 @@ def shared_is_saved(attached: Attached, name: str, key: str) -> bool:
         if name in layer.adapters and key in layer.adapters[name].tensors()
     )
     return next(specs).saved
+
+
+def bias_tensors(attached: Attached, name: str) -> dict[str, Tensor]:
+    """The biases one adapter trains, by their key in the file."""
+    if name not in attached.biases:
+        return {}
+    biases = attached.biases[name]
+    paths = {module: path for path, module in attached.root.named_modules()}
+    return {
+        f"{attached.key_prefix}{paths[module]}.{parameter}": trained
+        for (module, parameter), trained in zip(biases.owners, biases.trained, strict=True)
+    }
 
 
 def embedding_tensors(attached: Attached) -> dict[str, Tensor]:
@@ -149,7 +158,8 @@ def load_state(
     targets = embedding_tensors(attached) | {key: bank[name] for key, bank in banks.items()} | owned
     tensors = _restored(attached, name, _without_tied(attached, name, tensors, place))
     given = {key: tensor for key, tensor in tensors.items() if not _obsolete(attached, name, key)}
-    problems = [_missing(key, given, place) for key in owned if key not in given]
+    lost = _lost_biases(attached, name, given, place)
+    problems = [_missing(key, given, place) for key in owned if key not in given and key not in lost]
     for key, tensor in given.items():
         target = targets.get(key)
         if target is None:
@@ -175,6 +185,19 @@ def load_state(
                 targets[key].copy_(tensor)
         if prompt is not None:
             prompt.method.accept(prompt, given)
+
+
+def _lost_biases(attached: Attached, name: str, given: Mapping[str, Tensor], place: str | Path) -> set[str]:
+    """Keys of trained biases where the file has none at all: PEFT 0.13 trains `lora_only` biases and does not save them."""
+    keys = set(bias_tensors(attached, name))
+    if not keys or keys & set(given):
+        return set()
+    warnings.warn(
+        f"{place}: the adapter was trained with biases, but the file holds none of them (PEFT 0.13 loses them on save): "
+        "the base's biases are used",
+        stacklevel=4,
+    )
+    return keys
 
 
 def _without_tied(attached: Attached, name: str, tensors: Mapping[str, Tensor], place: str | Path) -> dict[str, Tensor]:

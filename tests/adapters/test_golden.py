@@ -65,8 +65,7 @@ def test_golden(case: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     inputs, expected = case.inputs(), case.expected()
     model = load(case, case.base())
     logits = forward(model, inputs)
-    reference = expected["logits_presave"] if case.facts["trust"]["logits"] == "hf_lossy" else expected["logits"]
-    torch.testing.assert_close(logits, reference, atol=2e-5, rtol=0)
+    torch.testing.assert_close(logits, expected["logits"], atol=2e-5, rtol=0)
 
     if trainable(case):
         check_gradients(case, model, inputs)
