@@ -73,7 +73,7 @@ class Step:
 
     def _open(self, weight: BaseWeight) -> tuple[Any, Any]:
         fit = self.part.fits[self.path]
-        adapter = type(fit.adapter)(fit.adapter.config, fit.shape, weight)
+        adapter = type(fit.adapter)(fit.adapter.config, fit.shape, weight, lambda: self.source.base_bias(self.shape))
         return adapter, self.source.tensors_at(self.part, self.path, adapter)
 
 

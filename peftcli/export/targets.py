@@ -134,9 +134,8 @@ def _scale(what: str, expected: Callable[[Audit, Any], float]) -> Callable[[Audi
         wrong = [a for a in adapters if not isclose(a.scaling, expected(audit, a), rel_tol=1e-6)]
         if not wrong:
             return Row("scale", "ok", what)
-        note = (
-            f"{len(wrong)} of {len(adapters)} modules would be scaled wrongly, silently (it takes {what}): {PORTABLE}"
-        )
+        count = f"{len(wrong)} of {len(adapters)}"
+        note = f"would scale modules wrongly ({count}) and say nothing: it takes {what}; {PORTABLE}"
         return Row("scale", "fixable", note)
 
     return check
@@ -198,9 +197,7 @@ def _peft_version(audit: Audit) -> Row:
     ]
     if not newer:
         return Row("peft", "ok", "0.13.0 or newer")
-    return Row(
-        "peft", "fixable", f"for {', '.join(f'{name} PEFT {since}' for since, name in newer)} or newer is needed"
-    )
+    return Row("peft", "fixable", f"a PEFT that knows {', '.join(f'{name} ({since})' for since, name in newer)}")
 
 
 def _ranks(audit: Audit) -> set[int]:
