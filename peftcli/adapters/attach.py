@@ -125,10 +125,11 @@ def plan_sites(model: nn.Module, config: TunerConfig) -> list[tuple[Site, Adapte
                 allowed=", ".join(sorted(method.kinds)),
             )
         _settle_fan_in_fan_out(config, site)
-        planned.append((site, method(config, site.shape, site.weight)))
+        planned.append((site, site.adapter(method, config)))
         if site.kind == "attention":
             out = LinearSite(base[f"{path}.out_proj"], f"{path}.out_proj")
-            planned.append((out, method(config, out.shape, out.weight)))
+            planned.append((out, out.adapter(method, config)))
+    method.arrange([adapter for _, adapter in planned])
     planned += _parameter_sites(config, base)
     for companion in config.companions():
         companion.validate()
@@ -136,7 +137,7 @@ def plan_sites(model: nn.Module, config: TunerConfig) -> list[tuple[Site, Adapte
     names = [site.name for site, _ in planned if site.kind != "parameter"]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError("is adapted twice by one adapter", place=twice[0], field="target_modules")
-    for _, adapter in planned:
+    for site, adapter in planned:
         adapter.tensors()  # refuses settings that do not fit its module
         if site.kind == "attention" and isinstance(adapter, DeltaAdapter) and adapter.drops:
             raise InputError("nn.MultiheadAttention leaves no place for an adapter's dropout", place=site.name)
@@ -156,7 +157,7 @@ def _parameter_sites(config: TunerConfig, base: dict[str, nn.Module]) -> list[tu
                 raise InputError(f"{parameter.dim()} dimensions; only 2 and 3 can be adapted", place=name)
             site = ParameterSite(module, path, leaf)
             method = adapter_class_of(config.parameter_method(site.shape.experts))
-            found[name] = site, method(config, site.shape, site.weight)
+            found[name] = site, site.adapter(method, config)
     if missing := [key for key in wanted if not any(name == key or name.endswith(f".{key}") for name in found)]:
         raise InputError(f"{missing} name no parameter of the model", field="target_parameters")
     return list(found.values())

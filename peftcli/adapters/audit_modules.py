@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from peftcli.adapters.audit_targets import check_parameters, check_replication, not_meant, unmet
@@ -117,10 +118,11 @@ def check_modules(part: Part, base: BaseFacts | None, findings: Findings, *, is_
         else:
             _check_tensors(option, path, found, findings)
     sites = {base_path(path) for path in part.modules}
-    if not sites and not _adapts_nothing(config):
+    stored_once = bool(part.shared) and _stores_once(config)
+    if not sites and not stored_once and not _adapts_nothing(config):
         what = getattr(config, "field", config.peft_type) if is_companion else config.peft_type
         findings.error(f"the config asks for {what}, but the file has no such tensors")
-    elif base is not None and base.tensors and not _renames_modules(config):
+    elif base is not None and base.tensors and not stored_once and not _renames_modules(config):
         unmet(config, cls, sites, base, findings)
     check_replication(config, sites, base, findings)
     check_parameters(config, sites, findings)
@@ -131,6 +133,15 @@ def _adapts_nothing(config: TunerConfig) -> bool:
     """Whether the adapter is meant to hold `modules_to_save` alone (PEFT's word for it)."""
     targets = config.target_modules or []
     return DUMMY_TARGET_MODULES in ([targets] if isinstance(targets, str) else targets)
+
+
+def _stores_once(config: TunerConfig) -> bool:
+    """Whether the method stores nothing at the modules it adapts, only what the model has once (Uni-LoRA)."""
+    cls = adapter_class(config)
+    shape = next(probes(cls, "probe"), None)
+    with suppress(InputError):  # a block size that does not divide the probe
+        return shape is not None and not cls(config, shape).file_tensors()
+    return False
 
 
 def _renames_modules(config: TunerConfig) -> bool:

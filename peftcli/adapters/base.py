@@ -117,6 +117,9 @@ class Tensors(dict[str, "Tensor"]):
 BaseWeight = Callable[[], "Tensor"]
 """Gives the base weight as a matrix [out, in] (dequantised, gathered). A call, since it may be costly."""
 
+BaseBias = Callable[[], "Tensor | None"]
+"""Gives the base bias [out], or None where there is none."""
+
 
 class Adapter:
     """One adapter at one site: tensors declared, equation stated, no parameters owned.
@@ -124,7 +127,7 @@ class Adapter:
     Args:
         config: the method's config.
         shape: the site's shape.
-        weight: gives the base weight as a matrix; only methods whose equation needs it call it.
+        weight, bias: give the base weight as a matrix, and the bias; only methods whose equation needs them call them.
 
     The layer that holds the adapter keeps `context` (facts about the running batch) and `training` (its mode) up to date.
     """
@@ -140,11 +143,17 @@ class Adapter:
     obsolete: ClassVar[frozenset[str]] = frozenset()
     """Last parts of keys that other versions' files hold at a module and nothing needs."""
 
-    def __init__(self, config: Any, shape: SiteShape, weight: BaseWeight | None = None) -> None:
-        self.config, self.shape, self._weight = config, shape, weight
+    def __init__(
+        self, config: Any, shape: SiteShape, weight: BaseWeight | None = None, bias: BaseBias | None = None
+    ) -> None:
+        self.config, self.shape, self._weight, self._bias = config, shape, weight, bias
         self.scaling: float = self.initial_scaling()
         self.context = ForwardContext()
         self.training = False
+
+    @classmethod
+    def arrange(cls, adapters: list[Any]) -> None:
+        """Tell the adapters of one config at all sites, in the model's order, what they must know of each other."""
 
     def initial_scaling(self) -> float:
         """The factor on the update (alpha / r for LoRA); kept as an attribute so that users can rescale an adapter."""
@@ -159,6 +168,13 @@ class Adapter:
         if self._weight is None:
             raise RuntimeError(f"{type(self).__name__} needs the base weight of {self.shape.name}")
         return self._weight()
+
+    def bias(self) -> Tensor:
+        """The base bias [out]."""
+        bias = self._bias() if self._bias else None
+        if bias is None:
+            raise RuntimeError(f"{type(self).__name__} needs the base bias of {self.shape.name}")
+        return bias
 
     def tensors(self) -> dict[str, TensorSpec]:
         """Every tensor of this adapter at this site, by the key's last part (`lora_A.weight`). Needs no torch."""

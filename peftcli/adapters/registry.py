@@ -40,6 +40,7 @@ METHODS: dict[str, Method] = {
         "multitask_prompt_tuning", "MultitaskPromptTuningConfig", "MultitaskPromptTuning"
     ),
     "P_TUNING": Method("p_tuning", "PromptEncoderConfig", "PTuning"),
+    "ADAMSS": Method("adamss", "AdamssConfig", "Adamss"),
     "OSF": Method("osf", "OSFConfig", "Osf"),
     "CPT": Method("cpt", "CPTConfig", "Cpt"),
     "CARTRIDGE": Method("cartridge", "CartridgeConfig", "Cartridge"),
@@ -59,6 +60,7 @@ METHODS: dict[str, Method] = {
     "VBLORA": Method("vblora", "VBLoRAConfig", "VBLoRA"),
     "XLORA": Method("xlora", "XLoraConfig", "XLora"),
     "FOURIERFT": Method("fourierft", "FourierFTConfig", "FourierFT"),
+    "UNILORA": Method("unilora", "UniLoraConfig", "UniLora"),
     "WAVEFT": Method("waveft", "WaveFTConfig", "WaveFT"),
     "PVERA": Method("pvera", "PveraConfig", "Pvera"),
     "BEFT": Method("beft", "BeftConfig", "Beft"),

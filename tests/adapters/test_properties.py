@@ -115,6 +115,8 @@ ROWS = [
     Row("DELORA", {"r": 4, "delora_lambda": 3}),
     Row("WAVEFT", {"n_frequency": 50, "wavelet_family": "db2", "scaling": 5}),
     Row("WAVEFT", {"n_frequency": 60, "scaling": 5, "use_idwt": False, "init_weights": False}, identity=False),
+    Row("UNILORA", {"r": 2, "theta_d_length": 20}, identity=False),
+    Row("UNILORA", {"r": 3, "theta_d_length": 31, "init_theta_d_bound": 0.1, "save_indices": True}, identity=False),
     Row("PVERA", {"r": 8, "d_initial": 0.5}),
     Row("BEFT", without=("linear_no_bias",)),
     Row("SUPERTUNING", {"sparsity": 0.8}),

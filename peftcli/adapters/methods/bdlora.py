@@ -28,6 +28,17 @@ class BdLora(Lora):
         """BdLoraConfig."""
         return self.config.use_bdlora
 
+    @classmethod
+    def arrange(cls, adapters: list[Any]) -> None:
+        for adapter in adapters:
+            if adapter.settings.match_strict and not adapter.blocked:
+                raise InputError(
+                    "matches neither target_modules_bd_a nor target_modules_bd_b",
+                    place=adapter.shape.name,
+                    field="use_bdlora",
+                    fix="match_strict: false gives such modules plain LoRA",
+                )
+
     @cached_property
     def blocked(self) -> str | None:
         """The factor that is block-diagonal, by its key; None at a module that has plain LoRA."""
@@ -35,13 +46,6 @@ class BdLora(Lora):
         keys = [key for key, parts in named.items() if any(part in self.shape.name for part in parts or [])]
         if len(keys) == 2:
             raise InputError("A and B can't both be block-diagonal", place=self.shape.name, field="use_bdlora")
-        if not keys and self.settings.match_strict:
-            raise InputError(
-                "matches neither target_modules_bd_a nor target_modules_bd_b",
-                place=self.shape.name,
-                field="use_bdlora",
-                fix="match_strict: false gives such modules plain LoRA",
-            )
         return keys[0] if keys else None
 
     def tensors(self) -> dict[str, TensorSpec]:
