@@ -89,7 +89,10 @@ def prepare_model_for_kbit_training(
         gradient_checkpointing_kwargs: for transformers; `use_reentrant` defaults to False.
     """
     model.requires_grad_(False)
+    module: Any
     for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":  # keeps no trace of the precision its weight had
+            module.compute_dtype = getattr(model, "dtype", None)
         own = list(module.parameters(recurse=False))
         # Biases are left alone: kernels want them in the precision of their weight.
         if own and all(p.dim() == 1 and p.is_floating_point() for p in own):

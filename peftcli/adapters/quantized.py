@@ -76,8 +76,9 @@ class Linear8bitSite(QuantizedSite):
 
     @property
     def dtype(self) -> torch.dtype:
-        """LLM.int8 computes in half precision; its bias tells which, where there is one."""
-        return self.bias.dtype if self.bias is not None else torch.float16
+        """The model's precision if `prepare_model_for_kbit_training` has said it, the bias's, or what LLM.int8 computes in."""
+        told = getattr(self.module, "compute_dtype", None)
+        return told or (self.bias.dtype if self.bias is not None else torch.float16)
 
     def weight(self) -> Tensor:
         scales = self.module.state.SCB if self.module.state.SCB is not None else self.stored.SCB  # type: ignore[attr-defined]

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from peftcli.adapters.base_facts import BaseFacts
     from peftcli.recipe.schema import QuantizationSection
 
+BLOCK = 64
+"""Weights that share a scale in 4 bits (bitsandbytes' default)."""
+
+SCALE_BLOCK = 256
+"""Scales that share one of their own where they are quantised too."""
+
 INSTALL = "pip install 'peftcli[quantization]'"
 
 
@@ -73,26 +79,53 @@ def quantization_config(section: QuantizationSection, model: PreTrainedModel) ->
     values = section.model_dump()
     if section.llm_int8_skip_modules is not None:  # a list of one's own would replace transformers' default, the heads
         values["llm_int8_skip_modules"] = [*section.llm_int8_skip_modules, *_heads(model)]
-    # Two codes are a byte; a storage type holds whole numbers of them.
+    # Two codes are a byte; a storage type holds whole numbers of them. Bytes are filled up.
     unit = 2 * getattr(torch, section.bnb_4bit_quant_storage).itemsize
-    skipped = set(values["llm_int8_skip_modules"] or _heads(model))
     odd = [
         InputError(
-            f"its {module.out_features} x {module.in_features} weights don't fill whole "
+            f"its {layer.out_features} x {layer.in_features} weights don't fill whole "
             f"{section.bnb_4bit_quant_storage} values",
             place=name,
             field="quantization.bnb_4bit_quant_storage",
             fix="uint8 holds every size; or name the module in llm_int8_skip_modules",
         )
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and unit > 2
-        and module.weight.numel() % unit
-        and not any(name == skip or name.endswith(f".{skip}") for skip in skipped)
+        for name, layer in _to_quantize(section, model)
+        if layer.weight.numel() % unit
     ]
-    if section.load_in_4bit and odd:
+    if section.load_in_4bit and unit > 2 and odd:
         raise InputErrors(odd)
     return BitsAndBytesConfig(**values)
+
+
+def quantized_bytes(section: QuantizationSection, model: PreTrainedModel) -> tuple[int, int]:
+    """What quantising a base saves, and what it costs, for the memory plan. From the layout of bitsandbytes' tensors.
+
+    Args:
+        section: the recipe's.
+        model: the base without weights.
+
+    Returns:
+        Bytes that the codes, scales and tables take less than the weights; bytes of the largest weight when it is
+        expanded for a multiplication.
+    """
+    saved = expanded = 0
+    item = getattr(torch, section.bnb_4bit_compute_dtype if section.load_in_4bit else "float16").itemsize
+    for _, layer in _to_quantize(section, model):
+        numel = layer.weight.numel()
+        saved += layer.weight.nbytes - _stored_bytes(section, numel, layer.out_features)
+        expanded = max(expanded, numel * item)
+    return saved, expanded
+
+
+def _stored_bytes(section: QuantizationSection, numel: int, rows: int) -> int:
+    """Bytes of a quantised weight of `numel` values in `rows` rows."""
+    if section.load_in_8bit:
+        return numel + 4 * rows  # one float32 scale a row
+    blocks = -(-numel // BLOCK)
+    table = 16 * 4
+    if not section.bnb_4bit_use_double_quant:
+        return -(-numel // 2) + 4 * blocks + table
+    return -(-numel // 2) + blocks + 4 * -(-blocks // SCALE_BLOCK) + table + 256 * 4
 
 
 def prepare(model: nn.Module) -> None:
@@ -121,6 +154,16 @@ def _contradictions(section: QuantizationSection, stored: dict[str, Any], facts:
                 field=f"quantization.{field}",
                 fix="leave the section out, or use the base that is not quantised",
             )
+
+
+def _to_quantize(section: QuantizationSection, model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
+    """Path and module of every linear layer that will be quantised."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    skipped = [*(section.llm_int8_skip_modules or []), *_heads(model)]
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and should_convert_module(name, skipped):
+            yield name, module
 
 
 def _heads(model: PreTrainedModel) -> list[str]:

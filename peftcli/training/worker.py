@@ -24,8 +24,9 @@ from torch import nn  # noqa: TID253
 
 from peftcli import __version__, get_peft_model
 from peftcli.adapters.config import TaskType
+from peftcli.adapters.quantized import is_quantized
 from peftcli.data.tokens import TokenDataset
-from peftcli.errors import EXIT_FAILURE, PeftCliError, RunError, printable
+from peftcli.errors import EXIT_FAILURE, InputError, PeftCliError, RunError, printable
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.redact import redact
 from peftcli.recipe.schema import Recipe
@@ -44,7 +45,7 @@ from peftcli.training.card import base_name, model_card
 from peftcli.training.loop import Trainer
 from peftcli.training.model import load_base
 from peftcli.training.progress import ProgressBar, peak_memory
-from peftcli.training.publish import Export, RunResult, exporter, probe_ids, probe_logits, reload_difference
+from peftcli.training.publish import Export, RunResult, exporter, probe_logits, probe_of, reload_difference
 from peftcli.training.reports import Outcome
 from peftcli.training.signals import Interrupted, StopSignals
 from peftcli.training.starts import start_from_data
@@ -104,14 +105,14 @@ class _Worker:
         outcome = self._trainer(model, export, signals).train(checkpoint)
         if not self.is_main:
             return None
-        ids = probe_ids(self.train_data, self.accelerator.device)
+        probe = probe_of(self.train_data, self.accelerator.device)
         with checkpoints.temporary_folder(self.folder, outcome.steps) as written:
             export(written)
-            expected = probe_logits(model, ids)[:, -ids.shape[1] :]
+            expected = probe_logits(model, probe)
             # Two bases may not fit into memory together: this one goes, with gradients and moments.
             del model, export
             self.accelerator.free_memory()
-            difference = reload_difference(self.recipe, written, ids, expected)
+            difference = reload_difference(self.recipe, written, probe, expected)
             return self._finish(outcome, written, difference)
 
     def _model(self) -> nn.Module:
@@ -119,6 +120,8 @@ class _Worker:
         recipe, device = self.recipe, self.accelerator.device
         base = load_base(recipe.model, recipe.quantization, device=device)
         if recipe.adapter.config is None:
+            if any(is_quantized(module) for module in base.modules()):
+                raise InputError("the base is stored quantised, and can't be trained in full", field="adapter.method")
             return base.requires_grad_()
         config = copy.deepcopy(recipe.adapter.config)
         config.task_type = TaskType(recipe.model.task_type)

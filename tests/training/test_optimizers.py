@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from typing import Any
 
 import pytest
@@ -70,8 +70,8 @@ def test_optimizers_step(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_missing_bitsandbytes_is_said(name: str) -> None:
+def test_missing_bitsandbytes_is_said(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
     with pytest.raises(InputError, match=r"bitsandbytes.*\n.*pip install"):
         build_optimizer(Adapted(), settings(optim=name))
 

@@ -20,7 +20,8 @@ from peftcli.adapters.quantized import is_quantized
 from peftcli.errors import InputError
 from peftcli.recipe.schema import ModelSection, QuantizationSection
 from peftcli.training import worker
-from peftcli.training.model import load_base
+from peftcli.training.model import load_base, open_base
+from peftcli.training.quantized import quantized_bytes
 from peftcli.training.quiet import quiet_transformers
 from training.run_folders import prepare_run, save_base
 
@@ -75,6 +76,21 @@ def test_every_linear_layer_but_the_head(base: Path, kind: str) -> None:
     assert (weight.float() - original.float()).norm() < (0.01 if kind == "int8" else 0.15) * original.float().norm()
 
 
+@kinds
+def test_the_memory_plan_counts_what_is_stored(base: Path, kind: str) -> None:
+    section = QuantizationSection(**KINDS[kind])
+    empty = open_base(ModelSection(name_or_path=str(base))).empty()
+    saved, expanded = quantized_bytes(section, empty)
+    stored = {
+        name: tensor.nbytes
+        for name, tensor in load(base, **KINDS[kind]).state_dict().items()
+        if any(part in name for part in ("_proj.weight", "_proj.SCB")) and "quant_state" not in name
+    }
+    plain = sum(p.nbytes for name, p in empty.named_parameters() if "_proj" in name)
+    assert plain - saved == sum(size for name, size in stored.items() if not name.endswith("weight_format"))
+    assert expanded == 64 * 128 * (4 if kind == "fp4" else 2)
+
+
 def test_skipping_modules_still_skips_the_head(base: Path) -> None:
     found = layers(load(base, **NF4, llm_int8_skip_modules=["q_proj"]))
     assert len(found) == 12 and not any("q_proj" in name or "lm_head" in name for name in found)
@@ -100,11 +116,29 @@ def test_a_base_that_is_stored_quantised(base: Path, tmp_path: Path) -> None:
     shutil.copy(base / "tokenizer.json", tmp_path)
     assert torch.equal(load(tmp_path)(IDS).logits, model(IDS).logits)
     assert torch.equal(load(tmp_path, **NF4)(IDS).logits, model(IDS).logits)
+    with pytest.raises(InputError, match="can't be trained in full"):
+        worker.run(prepare_run(tmp_path / "run", tmp_path, {"method": "full"}))
     for change in ({"bnb_4bit_quant_type": "fp4"}, {"bnb_4bit_use_double_quant": True}):
         with pytest.raises(InputError, match=f"quantization.{next(iter(change))}.*stored quantised"):
             load(tmp_path, **NF4, **change)
     with pytest.raises(InputError, match=r"quantization\.load_in_8bit"):
         load(tmp_path, load_in_8bit=True)
+
+
+@kinds
+@torch.no_grad()
+def test_merged_in_the_precision_of_the_model(base: Path, kind: str) -> None:
+    model = get_peft_model(load(base, **KINDS[kind]), LoraConfig(target_modules=["q_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.1)
+    expected = model.eval()(IDS).logits.float()
+    merged = model.merge_and_unload()
+    assert {type(merged.model.layers[0].mlp.down_proj), merged.model.layers[0].mlp.down_proj.weight.dtype} == {
+        nn.Linear,
+        torch.bfloat16,
+    }
+    assert (merged(IDS).logits.float() - expected).norm() < 0.1 * expected.norm()
 
 
 def test_refused_by_name(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
