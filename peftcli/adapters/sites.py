@@ -16,7 +16,7 @@ from torch.func import functional_call  # noqa: TID253
 from torch.nn.utils.parametrize import is_parametrized  # noqa: TID253
 from torch.utils.checkpoint import checkpoint  # noqa: TID253
 
-from peftcli.adapters.base import SiteKind, SiteShape
+from peftcli.adapters.base import Adapter, SiteKind, SiteShape
 
 
 class Site:
@@ -63,6 +63,10 @@ class Site:
     def weight(self) -> Tensor:
         """The weight as a matrix [out, in]."""
         return self.stored
+
+    def adapter(self, method: type[Adapter], config: Any) -> Adapter:
+        """A method at this module, able to read its weight and bias."""
+        return method(config, self.shape, self.weight, lambda: self.bias)
 
     def to_stored(self, matrix: Tensor) -> Tensor:
         """A matrix [out, in] as the module stores it."""

@@ -30,5 +30,5 @@ def followers(base: dict[str, nn.Module], planned: Planned) -> list[tuple[Site, 
         leader, adapter = tied
         site_here = site_for(module, path)
         if site_here is not None:
-            found.append((site_here, type(adapter)(adapter.config, site_here.shape, site_here.weight), leader))
+            found.append((site_here, site_here.adapter(type(adapter), adapter.config), leader))
     return found

@@ -83,7 +83,10 @@ class Source:
         """The method at a module, able to read the base weight."""
         assert self.part is not None
         fit = self.part.fits[self.paths[module]]
-        return type(fit.adapter)(fit.adapter.config, fit.shape, lambda: self.base_weight(fit.shape))
+        shape = fit.shape
+        return type(fit.adapter)(
+            fit.adapter.config, shape, lambda: self.base_weight(shape), lambda: self.base_bias(shape)
+        )
 
     def base_weight(self, shape: SiteShape) -> Tensor:
         """The base's weight [out, in] at a module."""
@@ -94,6 +97,11 @@ class Source:
                 fix="name the base: --base FOLDER",
             )
         return self.base.matrix(shape)
+
+    def base_bias(self, shape: SiteShape) -> Tensor | None:
+        """The base's bias [out] at a module, where it has one."""
+        name = f"{shape.name}.{'in_proj_bias' if shape.kind == 'attention' else 'bias'}"
+        return self.base.tensor(name).float() if self.base and shape.has_bias else None
 
     @property
     def what(self) -> str:
