@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peftcli.data.prepare import Prepared, Progress
     from peftcli.recipe.schema import Recipe
     from peftcli.training.outline import Outline
+    from peftcli.training.plan import MemoryPlan
     from peftcli.training.publish import RunResult
 
 
@@ -54,6 +55,7 @@ class Setup:
     outline: Outline
     prepared: Prepared
     processes: int
+    memory: MemoryPlan | None
 
 
 def rehearse(request: Request) -> None:
@@ -66,6 +68,7 @@ def rehearse(request: Request) -> None:
                     "recipe": request.recipe.model_dump(mode="json"),
                     "model": asdict(setup.outline),
                     "data": asdict(setup.prepared.report),
+                    "memory": asdict(setup.memory) if setup.memory else None,
                 }
             )
             return
@@ -125,7 +128,18 @@ def _set_up(request: Request, data_folder: Path) -> Setup:
     processes = launcher_command.processes(recipe.launcher)
     with _progress() as progress:
         prepared = prepare(recipe.data, tokenizer, folder=data_folder, seed=recipe.training.seed, progress=progress)
-    return Setup(request, tokenizer, model, prepared, processes)
+    memory = _memory(recipe, prepared, processes)
+    return Setup(request, tokenizer, model, prepared, processes, memory)
+
+
+def _memory(recipe: Recipe, prepared: Prepared, processes: int) -> MemoryPlan | None:
+    """The memory plan, or None for a model whose course depends on values and so can't be followed without them."""
+    from peftcli.training.plan import plan_memory
+
+    try:
+        return plan_memory(recipe, prepared.train, prepared.eval, processes=processes)
+    except RuntimeError:
+        return None
 
 
 def _in_this_process(request: Request, folder: Path, resume: str | None) -> RunResult:

@@ -13,6 +13,7 @@ from peftcli.inspection.recipe import method_line
 if TYPE_CHECKING:
     from peftcli.cli.train_run import Setup
     from peftcli.data.report import DataReport, PartReport
+    from peftcli.training.plan import MemoryPlan
     from peftcli.training.publish import RunResult
 
 MAX_SAMPLE = 3000  # characters of a sample on the screen
@@ -28,6 +29,7 @@ def show(setup: Setup) -> None:
     for warning in report.warnings:
         console.say(f"  note  {warning}", style="yellow")
     console.facts("plan", _plan(setup))
+    _show_memory(setup.memory)
     console.say()
 
 
@@ -104,6 +106,19 @@ def _plan(setup: Setup) -> Iterator[tuple[str, str]]:
     if setup.prepared.eval is not None:
         yield "evaluate", _when(training.eval_strategy, training.eval_steps)
     yield "output", training.output_dir
+
+
+def _show_memory(plan: MemoryPlan | None) -> None:
+    if plan is None:
+        console.facts("memory", [("not known", "what this model does depends on values, so it can't be planned")])
+        return
+    rows = [(name, console.size(size)) for name, size in plan.rows()]
+    console.facts(f"memory on {plan.device}", [*rows, ("available", console.size(plan.available))])
+    if not plan.fits:
+        console.say(
+            "  note  this may not fit: lower per_device_train_batch_size or data.max_length, or set gradient_checkpointing",
+            style="yellow",
+        )
 
 
 def _when(strategy: str, steps: int) -> str:

@@ -12,6 +12,8 @@ import pytest
 from data.families import family
 from training.tiny import tiny_llama
 
+from peftcli.cli import main
+
 RECIPE = """
 model: {name_or_path: base}
 adapter: {method: lora, r: 4, target_modules: all-linear}
@@ -44,6 +46,27 @@ def peft(*arguments: str | Path, cwd: Path, code: int = 0, **environment: str) -
 
 def command_line(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "peftcli", *map(str, arguments)]
+
+
+class Here:
+    """The command in the test's own process, which has imported everything already."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def peft(self, *arguments: str, code: int = 0) -> tuple[str, str]:
+        """What the command wrote to stdout and stderr; its exit code must be `code`."""
+        self._capsys.readouterr()
+        found = main(arguments)
+        out, err = self._capsys.readouterr()
+        assert found == code, f"exit code {found}\n{out}\n{err}"
+        return out, err
+
+
+@pytest.fixture
+def here(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    monkeypatch.chdir(place)
+    return Here(capsys)
 
 
 @pytest.fixture
