@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch  # noqa: TID253
 from torch import nn  # noqa: TID253
@@ -310,6 +311,7 @@ def _attach_site(attached: Attached, name: str, site: Site, adapter: Adapter, op
         dtype=options.dtype(site.dtype),
         device=site.device,
         initialize=options.initialize,
+        layer_at=lambda path: cast(AdapterLayer, _find(attached.root, path)),
     )
 
 

@@ -78,6 +78,7 @@ class TensorSpec:
         dtype: torch dtype name of a tensor that is not of the adapter's floating type, e.g. `int32`.
         shared: kept once a model, saved as `base_model.<name>`; all sites see the same tensor.
         live: name in the running model where PEFT's differs from the file's.
+        owner: the module before this one whose tensor of this name it is, too; files repeat it at each.
     """
 
     shape: tuple[int, ...]
@@ -87,6 +88,7 @@ class TensorSpec:
     dtype: str | None = None
     shared: bool = False
     live: str | None = None
+    owner: str | None = None
 
 
 class Tensors(dict[str, "Tensor"]):
@@ -139,6 +141,9 @@ class Adapter:
 
     follows_ties: ClassVar[bool] = False
     """Whether modules that share the adapted module's weight (tied embeddings) are adapted by the same tensors."""
+
+    rows_interact: ClassVar[bool] = False
+    """Whether what a row of a batch gets depends on the other rows."""
 
     obsolete: ClassVar[frozenset[str]] = frozenset()
     """Last parts of keys that other versions' files hold at a module and nothing needs."""

@@ -53,6 +53,8 @@ def _check(attached: Attached, training: bool, names: list[str], rows: int | Non
         raise InputError("`adapter_names` can't be used with a gate: it decides what each row gets")
     if len(attached.prompts):
         raise InputError("`adapter_names` can't be used with prompts: the whole batch gets the active one")
+    if any(adapter.rows_interact for name in set(names) & set(attached.configs) for adapter, _ in attached.sites(name)):
+        raise InputError("`adapter_names` can't be used with an adapter that looks at the whole batch")
     check_adapter_names(names, list(attached.configs), rows)
     if training:
         raise InputError("Cannot pass `adapter_names` when the model is in training mode.")

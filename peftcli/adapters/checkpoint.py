@@ -160,8 +160,10 @@ def load_state(
     given = {key: tensor for key, tensor in tensors.items() if not _obsolete(attached, name, key)}
     lost = _lost_biases(attached, name, given, place)
     problems = [_missing(key, given, place) for key in owned if key not in given and key not in lost]
+    first: dict[int, str] = {}
     for key, tensor in given.items():
         target = targets.get(key)
+        same = first.setdefault(id(target), key)
         if target is None:
             problems.append(_unexpected(key, place))
         elif target.shape != tensor.shape:
@@ -172,6 +174,8 @@ def load_state(
                     field=key,
                 )
             )
+        elif same != key and not torch.equal(tensor, given[same]):
+            problems.append(InputError(f"differs from {same}, though the two modules share it", place=place, field=key))
         elif not (tensor.is_floating_point() or not target.is_floating_point()):
             problems.append(InputError(f"is {tensor.dtype}, not floating point", place=place, field=key))
     if problems:

@@ -6,7 +6,7 @@ adapters are composed as functions, the first named outermost, so methods of dif
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
@@ -99,10 +99,12 @@ class AdapterLayer(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         initialize: bool = True,
+        layer_at: Callable[[str], AdapterLayer] | None = None,
     ) -> None:
         """Give the layer an adapter and allocate its tensors; on the meta device they stay empty.
 
         `shared` holds the tensors kept once a model, by name and then adapter; every layer registers the same modules.
+        `layer_at` finds the layers before this one that own some of its tensors, by their module's path.
         """
         self._hold(name, adapter)
         self._shared[name] = list(shared or {})
@@ -111,9 +113,13 @@ class AdapterLayer(nn.Module):
         for key, spec in adapter.tensors().items():
             if spec.shared:
                 continue
-            tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype) if spec.dtype else dtype, device=device)
-            if initialize and device.type != "meta":
-                fill(tensor, spec.init)
+            if spec.owner and layer_at:
+                tensor = layer_at(spec.owner).tensors(name)[key]
+            else:
+                kind = getattr(torch, spec.dtype) if spec.dtype else dtype
+                tensor = torch.empty(spec.shape, dtype=kind, device=device)
+                if initialize and device.type != "meta":
+                    fill(tensor, spec.init)
             head, _, leaf = (spec.live or key).partition(".")
             slot = Slot(key, spec, head, leaf)
             self._slots[name].append(slot)
@@ -159,7 +165,8 @@ class AdapterLayer(nn.Module):
                 if parent not in container._modules:
                     container.add_module(parent, Weights())
                 container = container._modules[parent]
-        value = nn.Parameter(tensor) if slot.spec.trainable else tensor
+        owned = isinstance(tensor, nn.Parameter)
+        value = nn.Parameter(tensor) if slot.spec.trainable and not owned else tensor
         if not slot.leaf:
             container[leaf] = value
         elif isinstance(value, nn.Parameter):

@@ -61,6 +61,7 @@ METHODS: dict[str, Method] = {
     "XLORA": Method("xlora", "XLoraConfig", "XLora"),
     "FOURIERFT": Method("fourierft", "FourierFTConfig", "FourierFT"),
     "UNILORA": Method("unilora", "UniLoraConfig", "UniLora"),
+    "LILY": Method("lily", "LilyConfig", "Lily"),
     "WAVEFT": Method("waveft", "WaveFTConfig", "WaveFT"),
     "PVERA": Method("pvera", "PveraConfig", "Pvera"),
     "BEFT": Method("beft", "BeftConfig", "Beft"),

@@ -117,6 +117,7 @@ ROWS = [
     Row("WAVEFT", {"n_frequency": 60, "scaling": 5, "use_idwt": False, "init_weights": False}, identity=False),
     Row("UNILORA", {"r": 2, "theta_d_length": 20}, identity=False),
     Row("UNILORA", {"r": 3, "theta_d_length": 31, "init_theta_d_bound": 0.1, "save_indices": True}, identity=False),
+    Row("LILY", {"r": 4, "num_B": 3}),
     Row("PVERA", {"r": 8, "d_initial": 0.5}),
     Row("BEFT", without=("linear_no_bias",)),
     Row("SUPERTUNING", {"sparsity": 0.8}),
@@ -277,7 +278,8 @@ def test_delete_leaves_no_trace(row: Row, site: SiteCase) -> None:
 
 @table
 def test_rows_of_two_adapters_in_one_batch(row: Row, site: SiteCase) -> None:
-    if site.name in ("attention", "block") or row.options.get("bias", "none") != "none":
+    bias = row.options.get("bias", "none") != "none"
+    if site.name in ("attention", "block") or bias or adapter_class(row.config()).rows_interact:
         pytest.skip("refused by name: see test_engine")
     model, x, base = adapted(row, site)
     model.add_adapter("other", row.config(**row.second))
