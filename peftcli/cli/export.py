@@ -13,18 +13,20 @@ from peftcli.cli import console
 from peftcli.cli.merge import base_folder
 from peftcli.errors import EXIT_FAILURE, InputError
 
-FORMS = ("merged", "peft", "portable", "lora")
+FORMS = ("merged", "peft", "portable", "lora", "gguf")
 TARGETS = ("transformers", "vllm", "sglang", "llama.cpp", "ollama")
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def command(
     adapters: Annotated[list[Path], typer.Argument(help="Adapter folder; several for --to merged.")],
-    to: Annotated[str | None, typer.Option(help="merged, portable, lora or peft.")] = None,
+    to: Annotated[str | None, typer.Option(help="merged, portable, lora, gguf or peft.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model; by default the one the adapter names.")] = None,
     target: Annotated[str | None, typer.Option(help="Say what a program makes of it: " + ", ".join(TARGETS))] = None,
-    rank: Annotated[str | None, typer.Option(help="Rank (16) or energy to keep (0.95), for lora and portable.")] = None,
+    rank: Annotated[
+        str | None, typer.Option(help="Rank (16) or energy to keep (0.95), for lora, portable and gguf.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
     shard_size: Annotated[str | None, typer.Option(help="Most bytes in a weight file of a model, e.g. 5GB.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Load the result and compare its logits.")] = False,
@@ -32,7 +34,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON value.")] = False,
 ) -> int:
     """Write an adapter in another form, or say what other programs make of it."""
-    _check(adapters, to, output, target, rank, dtype, shard_size)
+    _check(adapters, to, output, target, rank, dtype, shard_size, verify)
     result: dict[str, Any] = {}
     if to is not None and output is not None:
         result = _export(adapters, to, output, base, rank, dtype, shard_size, overwrite)
@@ -59,6 +61,7 @@ def _check(
     rank: str | None,
     dtype: str | None,
     shard_size: str | None,
+    verify: bool,
 ) -> None:
     """What can be told before torch is imported."""
     for path in adapters:
@@ -74,11 +77,15 @@ def _check(
         raise InputError(f"{target!r} is no program we know", field="--target", allowed=", ".join(TARGETS))
     if to is not None and output is None:
         raise InputError("is needed", field="--output", fix="-o FOLDER")
+    if to == "gguf" and (target is not None or verify):
+        raise InputError(
+            "means nothing for --to gguf, which PEFT can't load", field="--verify" if verify else "--target"
+        )
     if len(adapters) > 1 and to != "merged":
         raise InputError("takes one adapter", field="--to", fix="peft merge makes one adapter of several")
     for value, option, forms in (
-        (rank, "--rank", ("lora", "portable")),
-        (dtype, "--dtype", ("lora", "portable", "merged")),
+        (rank, "--rank", ("lora", "portable", "gguf")),
+        (dtype, "--dtype", ("lora", "portable", "gguf", "merged")),
         (shard_size, "--shard-size", ("merged",)),
     ):
         if value is not None and to not in forms:
@@ -109,14 +116,21 @@ def _export(
         return {"form": to, "output": str(output), **asdict(export_peft(adapters[0], output, overwrite=overwrite))}
     from peftcli.merging.algebra import Rank
 
-    exported = export_lora(
-        *(adapters[0], output),
-        portable=to == "portable",
-        rank=Rank.parse(rank) if rank else None,
-        base=base_folder(base),
-        dtype=dtype,
-        overwrite=overwrite,
-    )
+    chosen = Rank.parse(rank) if rank else None
+    if to == "gguf":
+        from peftcli.export.gguf import export_gguf
+
+        root = _base(base, adapters[0])
+        exported = export_gguf(adapters[0], root, output, rank=chosen, dtype=dtype, overwrite=overwrite)
+    else:
+        exported = export_lora(
+            *(adapters[0], output),
+            portable=to == "portable",
+            rank=chosen,
+            base=base_folder(base),
+            dtype=dtype,
+            overwrite=overwrite,
+        )
     return {"form": to, "output": str(output), **asdict(exported)}
 
 

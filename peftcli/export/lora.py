@@ -96,8 +96,7 @@ def export_lora(
     if dtype is not None and dtype not in KINDS:
         raise InputError(f"{dtype!r} is no dtype to write", field="--dtype", allowed=", ".join(KINDS))
     source = Source(adapter, BaseWeights(base) if base else None)
-    _refuse(source, portable=portable)
-    factors, energy, is_exact = _factors(source, rank)
+    factors, energy, is_exact = plain_factors(source, rank) if portable else _factors(source, rank)
     ranks = {module: pair.rank for module, pair in factors.items()}
     if portable:
         ranks = dict.fromkeys(ranks, max(ranks.values()))
@@ -124,8 +123,15 @@ def padded(factors: LowRank, rank: int) -> LowRank:
     return LowRank(a, torch.nn.functional.pad(factors.b, (0, missing)))
 
 
+def plain_factors(source: Source, rank: Rank | None) -> tuple[dict[str, LowRank], float, bool]:
+    """`_factors` of an adapter that is nothing but an update, as other programs than PEFT want it."""
+    _refuse(source, portable=True)
+    return _factors(source, rank)
+
+
 def _factors(source: Source, rank: Rank | None) -> tuple[dict[str, LowRank], float, bool]:
     """The update of each module as a product, the share of the squared norm they hold, and whether that is all of it."""
+    _refuse(source, portable=False)
     factors: dict[str, LowRank] = {}
     kept = total = 0.0
     generator = torch.Generator().manual_seed(0)

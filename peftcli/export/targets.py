@@ -184,7 +184,11 @@ def _ollama_base(audit: Audit) -> Row:
     kind = audit.base.model_type if audit.base else None
     if kind is None or kind in OLLAMA_TYPES:
         return Row("base", "ok", kind or "not on this machine")
-    return Row("base", "fixable", f"ADAPTER takes safetensors for {', '.join(sorted(OLLAMA_TYPES))} only: {MERGE}")
+    return Row(
+        "base",
+        "fixable",
+        f"ADAPTER takes safetensors for {', '.join(sorted(OLLAMA_TYPES))} only: peft export --to gguf",
+    )
 
 
 def _peft_version(audit: Audit) -> Row:

@@ -52,6 +52,13 @@ def test_clean_copy(place: Path, adapter: Path) -> None:
     assert peft("inspect", "a", "--diff", "c", cwd=place)
 
 
+def test_gguf(place: Path, adapter: Path) -> None:
+    peft("export", "a", "--to", "gguf", "-o", "g", cwd=place)
+    assert sorted(path.name for path in (place / "g").iterdir()) == ["Modelfile", "adapter.gguf"]
+    refused = peft("export", "a", "--to", "gguf", "-o", "h", "--verify", cwd=place, code=2)
+    assert "--verify" in refused.stderr
+
+
 def test_a_prompt_is_impossible(place: Path, shared: Path) -> None:
     prompt = shutil.copytree(shared / "golden/peft-0.13.0/prompt_tuning/adapter", place / "prompt")
     done = peft("export", prompt, "--target", "vllm", cwd=place, code=1)
