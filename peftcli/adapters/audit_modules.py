@@ -12,7 +12,7 @@ from peftcli.adapters.config import TunerConfig
 from peftcli.adapters.findings import Findings
 from peftcli.adapters.fit import ANY, Fit, Fitter, Found, agrees, probes, shown
 from peftcli.adapters.header import TensorFile, TensorInfo
-from peftcli.adapters.keys import PREFIX, Key, KeyReader, ascii_name, base_path
+from peftcli.adapters.keys import PREFIX, Key, KeyReader, ascii_name, base_path, numbered_zero
 from peftcli.adapters.registry import adapter_class, adapter_class_of
 from peftcli.adapters.targets import DUMMY_TARGET_MODULES
 from peftcli.errors import InputError
@@ -69,7 +69,7 @@ def sort_out(file: TensorFile, config: TunerConfig, findings: Findings) -> Conte
         if not key.is_method:
             contents.others.append((key, tensor))
             continue
-        part = owners[key.parameter]
+        part = owners.get(key.parameter) or owners[numbered_zero(key.parameter)]
         found = part.modules.setdefault(key.module, {}) if key.module else part.shared
         if key.parameter in found:
             findings.error("stands for the same tensor as another name in the file", ascii_name(tensor.name))

@@ -73,7 +73,7 @@ class KeyReader:
                 faults.append("still carries `module.`, left there by DistributedDataParallel")
                 path = head + path.removeprefix(f"{head}module.")
         shared = path.removeprefix(SHARED_PREFIX)
-        if shared in self.parameters:
+        if shared in self.parameters or numbered_zero(shared) in self.parameters:
             return Key(name, "", shared, True, tuple(faults))
         if not path.startswith(PREFIX):
             faults.append(f"lacks the prefix `{PREFIX}`")
@@ -94,6 +94,11 @@ class KeyReader:
                 faults = [*faults, f"still carries the adapter's name `.{adapter[:60]}.`"]
                 return Key(name, ".".join(parts[: -length - 1]), parameter, True, tuple(faults))
         return Key(name, ".".join(parts[:-1]), parts[-1], False, tuple(faults))
+
+
+def numbered_zero(name: str) -> str:
+    """`tinylora_v.0` for `tinylora_v.7`: how many there are depends on the model."""
+    return re.sub(r"\.\d+$", ".0", name)
 
 
 def base_path(module: str) -> str:

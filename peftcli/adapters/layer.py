@@ -79,7 +79,7 @@ class AdapterLayer(nn.Module):
         self.base_layer = site.module
         self.site, self.context, self.weight_is_read = site, context, weight_is_read
         self.adapters: dict[str, Adapter] = {}
-        self._shared: dict[str, list[str]] = {}
+        self._shared: dict[str, dict[str, Any]] = {}
         self._slots: dict[str, list[Slot]] = {}
         self._leaders: dict[str, AdapterLayer] = {}
         self.active_adapters: list[str] = []
@@ -107,8 +107,9 @@ class AdapterLayer(nn.Module):
         `layer_at` finds the layers before this one that own some of its tensors, by their module's path.
         """
         self._hold(name, adapter)
-        self._shared[name] = list(shared or {})
-        self._modules.update(shared or {})
+        self._shared[name] = dict(shared or {})
+        for key, bank in self._shared[name].items():
+            self._register_bank(name, key, bank)
         self._slots[name] = []
         for key, spec in adapter.tensors().items():
             if spec.shared:
@@ -131,6 +132,17 @@ class AdapterLayer(nn.Module):
                 if new_weight is not None:
                     self.site.stored.copy_(self.site.to_stored(new_weight))
 
+    def _register_bank(self, name: str, key: str, bank: Any) -> None:
+        """Register tensors kept once a model; `tinylora_v.0` under PEFT's live name `tinylora_v.<name>.0`."""
+        head, _, leaf = key.partition(".")
+        if not leaf or isinstance(bank, Buffers):
+            self._modules[key] = bank
+            return
+        container: Any = self._modules.setdefault(head, nn.ModuleDict())
+        if name not in container:
+            container[name] = Weights()
+        container[name].register_parameter(leaf, bank[name])
+
     def _hold(self, name: str, adapter: Adapter) -> None:
         adapter.context, adapter.training = self.context, self.training
         self.adapters[name] = adapter
@@ -146,7 +158,7 @@ class AdapterLayer(nn.Module):
         heads = {slot.head: leader._modules[slot.head] for slot, _ in leader.own_tensors(name)}
         self._hold(name, adapter)
         self._slots[name], self._leaders[name] = [], leader
-        self._shared[name] = list(heads)
+        self._shared[name] = heads
         self._modules.update(heads)
 
     def _place(self, name: str, slot: Slot, tensor: Tensor) -> None:
@@ -189,8 +201,7 @@ class AdapterLayer(nn.Module):
         leader = self.leader(name)
         if leader is not None:
             return leader.tensors(name)
-        held: Any = self._modules
-        shared = {key: held[key][name] for key in self._shared[name]}
+        shared = {key: bank[name] for key, bank in self._shared[name].items()}
         return Tensors({slot.key: tensor for slot, tensor in self.own_tensors(name)} | shared)
 
     def _pass_tensors(self, name: str, dropping: bool) -> Tensors:
@@ -207,14 +218,15 @@ class AdapterLayer(nn.Module):
 
     def remove(self, name: str) -> None:
         """Forget an adapter and its tensors; empty containers go too."""
-        for head in {slot.head for slot in self._slots[name]}:
+        parted = {head for head, _, leaf in (key.partition(".") for key in self._shared[name] if key not in self._modules) if leaf}
+        for head in parted | {slot.head for slot in self._slots[name]}:
             container: Any = self._modules[head]
             del container[name]
             if not len(container):
                 del self._modules[head]
         for key in self._shared.pop(name):
             if not any(key in keys for keys in self._shared.values()):
-                del self._modules[key]
+                self._modules.pop(key, None)
         del self.adapters[name], self._slots[name]
         self._leaders.pop(name, None)
         if name in self.active_adapters:

@@ -132,4 +132,5 @@ class Tuner(nn.Module):
     def _adopt_shared(self) -> None:
         """Register tensors kept once a model where PEFT has them (`base_model.vera_A`)."""
         for key, bank in self.attached.shared.items():
-            self.add_module(key, bank)
+            if "." not in key:  # parts of a list are registered by the layers
+                self.add_module(key, bank)

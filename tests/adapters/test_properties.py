@@ -118,6 +118,8 @@ ROWS = [
     Row("UNILORA", {"r": 2, "theta_d_length": 20}, identity=False),
     Row("UNILORA", {"r": 3, "theta_d_length": 31, "init_theta_d_bound": 0.1, "save_indices": True}, identity=False),
     Row("LILY", {"r": 4, "num_B": 3}),
+    Row("TINYLORA", {"r": 3, "u": 6}),
+    Row("TINYLORA", {"u": 5, "weight_tying": 1, "save_projection": False, "init_weights": "uniform"}, identity=False),
     Row("PVERA", {"r": 8, "d_initial": 0.5}),
     Row("BEFT", without=("linear_no_bias",)),
     Row("SUPERTUNING", {"sparsity": 0.8}),
@@ -136,6 +138,8 @@ ROWS = [
     Row("OSF", {"effective_rank": 4}),
     Row("ADAMSS", {"r": 8, "num_subspaces": 2, "subspace_rank": 2}),
     Row("ADAMSS", {"num_subspaces": 3, "random_seed": 2}),
+    Row("FROD", {"sparse_rate": 0.05}),
+    Row("FROD", {"sparse_rate": 0.1, "save_projection": False, "projection_prng_key": 3}),
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
