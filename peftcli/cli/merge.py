@@ -40,7 +40,8 @@ def command(
         if not path.exists():
             raise InputError("does not exist", place=path, fix="lists are written with commas: --weights 0.5,0.5")
     from peftcli.merging.algebra import Rank
-    from peftcli.merging.merge import MergeSettings, merge_adapters
+    from peftcli.merging.merge import merge_adapters
+    from peftcli.merging.settings import MergeSettings
 
     settings = MergeSettings(
         method=method,

@@ -19,7 +19,7 @@ def check_full_weights(sources: Sequence[Source], base: BaseWeights | None) -> N
     """Refuse by name what is trained in full and can't be merged.
 
     Raises:
-        InputErrors: modules trained in full without a base, or that the base does not have; trainable tokens; biases
+        InputErrors: modules trained in full or trainable tokens without a base; modules that the base does not have; biases
             that not all adapters train.
     """
     problems = []
@@ -35,11 +35,10 @@ def check_full_weights(sources: Sequence[Source], base: BaseWeights | None) -> N
                 problems.append(_refusal(source, name, "has another shape than in the base", None))
         if len(biases) > 1 and any(_is_bias(source, name) for name in source.copies):
             problems.append(_refusal(source, "bias", "is trained here and not in every other adapter", None))
-        for part in source.companions:
-            problems += [
-                _refusal(source, module, "has trainable tokens, which are rows and no update", None)
-                for module in part.modules
-            ]
+        if base is None:
+            for part in source.companions:
+                module = next(iter(part.modules))
+                problems.append(_refusal(source, module, "has trainable tokens", "name the base: --base FOLDER"))
     if problems:
         raise InputErrors(problems)
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from peftcli.adapters.audit import WEIGHTS_NAME
 from peftcli.adapters.base import SiteShape
@@ -27,86 +26,17 @@ from peftcli.merging.base_weights import BaseWeights
 from peftcli.merging.copies import check_full_weights, copy_fields, merged_copy
 from peftcli.merging.factors import combine_factors
 from peftcli.merging.lora_file import lora_config, lora_tensors, write_config
-from peftcli.merging.operators import COMBINATION_TYPES, OPERATORS, SVD_TYPES, Settings, SignMethod, checked_density
+from peftcli.merging.operators import OPERATORS, SVD_TYPES, Settings
 from peftcli.merging.output import new_folder, require_free
 from peftcli.merging.report import MergeReport, ModuleReport, card, write_report
+from peftcli.merging.settings import MergeSettings
 from peftcli.merging.source import Source
 from peftcli.merging.tensors import TensorWriter
+from peftcli.merging.tokens import merged_rows, token_fields, token_modules
 from peftcli.merging.vectors import check_scales, merged_scale, scale_config
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
-
-Space = Literal["delta", "factors"]
-
-
-@dataclass(frozen=True)
-class MergeSettings:
-    """What is asked of a merge.
-
-    Attributes:
-        method: one of PEFT's combination types.
-        weights: one for each adapter; 1 each where there are none.
-        density: share of values kept, one for all adapters or one for each; needed by types that prune.
-        majority_sign_method: see `operators.Settings`.
-        space: `delta` or `factors`.
-        rank: rank of the result; by default see `default_rank`.
-        seed: of DARE and of randomised decompositions.
-    """
-
-    method: str = "linear"
-    weights: tuple[float, ...] = ()
-    density: tuple[float, ...] = ()
-    majority_sign_method: SignMethod = "total"
-    space: Space = "delta"
-    rank: Rank | None = None
-    seed: int = 0
-
-    @property
-    def operator(self) -> str:
-        """The operator on whole tensors; `cat` and `svd` are the sum there."""
-        return SVD_TYPES.get(self.method, "linear" if self.method == "cat" else self.method)
-
-    @property
-    def prunes(self) -> bool:
-        return self.operator != "linear"
-
-    def resolved(self, count: int) -> MergeSettings:
-        """The same with a weight and, where needed, a density for each of `count` adapters.
-
-        Raises:
-            InputErrors: naming every setting that does not fit.
-        """
-        problems = []
-        if self.method not in COMBINATION_TYPES:
-            problems.append(
-                _setting(f"{printable(self.method)!r} is no method", "--method", ", ".join(COMBINATION_TYPES))
-            )
-        elif self.prunes and not self.density:
-            problems.append(_setting(f"{self.method} needs a density", "--density", "0 to 1, e.g. 0.2"))
-        if self.weights and len(self.weights) != count:
-            problems.append(
-                _setting(f"{len(self.weights)} weights for {count} adapters", "--weights", f"{count} numbers")
-            )
-        if len(self.density) not in (0, 1, count):
-            problems.append(
-                _setting(f"{len(self.density)} densities for {count} adapters", "--density", f"1 or {count}")
-            )
-        if self.majority_sign_method not in ("total", "frequency"):
-            problems.append(_setting("is no sign method", "--majority-sign-method", "total, frequency"))
-        for density in self.density:
-            try:
-                checked_density(density)
-            except InputError as error:
-                problems.append(error)
-        if problems:
-            raise InputErrors(problems)
-        densities = self.density * count if len(self.density) == 1 else self.density
-        return replace(self, weights=self.weights or (1.0,) * count, density=densities if self.prunes else ())
-
-
-def _setting(problem: str, field: str, allowed: str) -> InputError:
-    return InputError(problem, field=field, allowed=allowed)
 
 
 def merge_adapters(
@@ -145,10 +75,8 @@ def _write(folder: Path, sources: list[Source], settings: MergeSettings, base: B
     check_full_weights(merge.sources, base)
     with TensorWriter(folder / WEIGHTS_NAME) as writer:
         config, rows = merge.scales(writer) if merge.is_ia3 else merge.matrices(writer)
-        for name in sorted({name for source in sources for name in source.copies}):
-            assert base is not None
-            operator, how = settings.operator, merge.operator_settings(name)
-            writer.add(PREFIX + name, merged_copy(name, merge.sources, merge.weights, operator, how, base))
+        if base is not None:
+            merge.full_weights(writer, base)
     write_config(folder, config)
     return merge.report(rows, config)
 
@@ -266,7 +194,7 @@ class _Merge:
             self._count_products(here, updates)
             rows.append(self._row(name, here, updates, weights, merged))
         configs = [source.config for source in self.given]
-        fields = copy_fields(self.given)
+        fields = copy_fields(self.given) | token_fields(self.given)
         if self.base is not None:
             fields["fan_in_fan_out"] = any(
                 self.base.stores_transposed(shape) for _, _, shape in self.modules() if shape.kind == "linear"
@@ -308,6 +236,18 @@ class _Merge:
         a, b = combine_factors(factors, scalings, self.settings.method, self.operator_settings(name, here), place=name)
         product = LowRank(a.double(), b.double())
         return compress(product, rank, self.generator(name)) if rank else Compressed(product, 1.0, product.norm())
+
+    # -- what is trained in full ----------------------------------------------------------------------------------
+
+    def full_weights(self, writer: TensorWriter, base: BaseWeights) -> None:
+        """Writes modules and biases trained in full, and trainable tokens."""
+        operator = self.settings.operator
+        for name in sorted({name for source in self.sources for name in source.copies}):
+            how = self.operator_settings(name)
+            writer.add(PREFIX + name, merged_copy(name, self.sources, self.weights, operator, how, base))
+        for module, tokens in token_modules(self.sources).items():
+            how = self.operator_settings(module)
+            writer.add(*merged_rows(module, tokens, self.sources, self.weights, operator, how, base))
 
     # -- report ---------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from peftcli.errors import printable
 from peftcli.recipe.redact import redact
 
 if TYPE_CHECKING:
-    from peftcli.merging.merge import MergeSettings
+    from peftcli.merging.settings import MergeSettings
     from peftcli.merging.source import Source
 
 REPORT = "merge.json"

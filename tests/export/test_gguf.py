@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,7 @@ def test_turns_render_as_the_template(name: str) -> None:
 
 
 def test_a_template_that_does_more_is_left_out() -> None:
-    tokenizer = family("chatml")
+    tokenizer = copy.deepcopy(family("chatml"))
     default = "<|im_start|>system\nYou are helpful.<|im_end|>\n"
     tokenizer.chat_template = f"{{% if messages[0].role != 'system' %}}{default}{{% endif %}}{tokenizer.chat_template}"
     assert find_turns(tokenizer) is None

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from peftcli.errors import InputError
 from peftcli.merging.algebra import Rank
-from peftcli.merging.merge import MergeSettings, merge_adapters
+from peftcli.merging.merge import merge_adapters
 from peftcli.merging.operators import COMBINATION_TYPES, OPERATORS, SVD_TYPES, Settings
 from peftcli.merging.report import MergeReport
+from peftcli.merging.settings import MergeSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
 
@@ -175,6 +176,19 @@ def test_modules_trained_in_full_are_task_vectors(place: Path, tmp_path: Path) -
     original = load_file(place / "base/model.safetensors")["lm_head.weight"]
     torch.testing.assert_close(heads[2], original + 0.5 * (heads[0] - original) + 0.25 * (heads[1] - original))
     load(place / "base", tmp_path / "m")
+
+
+def test_trainable_tokens_are_task_vectors(place: Path, tmp_path: Path) -> None:
+    for index, tokens in enumerate(([7, 3], [3, 11])):
+        save_adapter(tmp_path / f"{index}", place / "base", r=2, trainable_token_indices=tokens, seed=30 + index)
+    folders = [tmp_path / "0", tmp_path / "1"]
+    with pytest.raises(InputError, match="trainable tokens"):
+        merge_adapters(folders, tmp_path / "m", MergeSettings())
+    merge_adapters(folders, tmp_path / "m", MergeSettings(weights=(0.5, 0.25)), base=place / "base")
+    parts = [deltas(place / "base", folder) for folder in folders]
+    assert_same(deltas(place / "base", tmp_path / "m"), total((0.5, parts[0]), (0.25, parts[1])))
+    config = json.loads((tmp_path / "m/adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == [3, 7, 11]
 
 
 @pytest.mark.parametrize(
