@@ -40,8 +40,7 @@ class ProgressBar(Callback):
         if not self.console.is_terminal:
             return
         self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
+            BarColumn(bar_width=40 if self.console.width >= 120 else 6),  # on 80 columns the figures need the rest
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}", markup=False),
             TimeRemainingColumn(),
