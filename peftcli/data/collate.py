@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label that torch's cross-entropy leaves out."""
 
+MULTIPLE = 8
+"""Rows are padded to a multiple of this: what matrix units take at once."""
 
-def collate(samples: Sequence[Sample], pad_token_id: int, multiple_of: int = 8) -> dict[str, NDArray[np.int64]]:
+
+def collate(samples: Sequence[Sample], pad_token_id: int, multiple_of: int = MULTIPLE) -> dict[str, NDArray[np.int64]]:
     """Pad on the right to the longest sample, rounded up to a multiple.
 
     What is padding is told by position, never by id: a tokenizer whose pad is its eos keeps its eos labels.

@@ -37,7 +37,7 @@ from peftcli.training.reports import Outcome, StepReport
 from peftcli.training.signals import Interrupted
 
 
-def _checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: Any) -> None:
     """Recompute each layer in the backward pass.
 
     Not the reentrant way, which needs inputs that require gradients: those would carry gradients through all layers
@@ -46,6 +46,11 @@ def _checkpoint_activations(model: Any) -> None:
     # Later versions of transformers 5 know it by the first name and warn at the second.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def uses_autocast(model: nn.Module, settings: TrainingSection) -> bool:
+    """Whether `bf16` has something to do: a model whose matrices are in bfloat16 already computes in it."""
+    return settings.bf16 and any(p.dtype == torch.float32 for p in model.parameters() if p.dim() > 1)
 
 
 class Trainer:
@@ -101,16 +106,14 @@ class Trainer:
 
     def _prepare(self) -> None:
         if self.settings.gradient_checkpointing:
-            _checkpoint_activations(self.model)
+            checkpoint_activations(self.model)
         self.adapters = attached_to(user_model(self.model))
         begin_training(self.adapters, self.total_steps)
         optimizer = build_optimizer(self.model, self.settings)
         self.names = state.parameter_names(self.model, optimizer)
         # Not prepared by Accelerate, which would take one schedule step for each process.
         self.scheduler = build_scheduler(optimizer, self.settings, self.total_steps)
-        weights = (p.dtype for p in self.model.parameters() if p.dim() > 1)
-        autocast = self.settings.bf16 and torch.float32 in set(weights)
-        self._bare_loss = CausalLMLoss(self.model, bf16=autocast)
+        self._bare_loss = CausalLMLoss(self.model, bf16=uses_autocast(self.model, self.settings))
         self.loss: nn.Module
         self.optimizer: AcceleratedOptimizer
         self.loss, self.optimizer = self.accelerator.prepare(self._bare_loss, optimizer)

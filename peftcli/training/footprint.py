@@ -1,0 +1,230 @@
+"""What a training step holds in memory, found by running one on tensors without data.
+
+A fake tensor knows its shape, type and device and holds nothing. Model, adapter, loss, backward pass and optimizer are the
+real ones, so what is counted follows from the code that will run: the attention kernel, checkpointed layers, the method of
+the adapter, logits in chunks. Not seen is what an operation needs inside itself (the workspace of a matrix product), and
+what the allocator makes of it all.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: TID253
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: TID253
+from torch.utils._pytree import tree_leaves  # noqa: TID253
+
+from peftcli.adapters.config import TaskType
+from peftcli.adapters.task_models import model_class
+from peftcli.recipe.schema import Recipe
+from peftcli.recipe.training_section import TrainingSection
+from peftcli.training.loop import checkpoint_activations, uses_autocast
+from peftcli.training.losses import linear_cross_entropy, linear_scores, tapped
+from peftcli.training.model import open_base
+from peftcli.training.optimizers import build_optimizer
+from peftcli.training.quantized import quantized_bytes
+
+OPTIMIZER_BYTES = {"adamw_8bit": 2, "paged_adamw_8bit": 2, "paged_adamw_32bit": 8}
+"""Bytes of state a parameter, for optimizers whose kernels can't run without data."""
+
+HEAP_BLOCK = 32 << 20
+"""glibc serves smaller blocks from its heap, larger ones straight from the system."""
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The heaviest batch of a data set.
+
+    Attributes:
+        rows: samples.
+        length: tokens of each, padding included.
+        labels: tokens that are learnt, over all samples.
+    """
+
+    rows: int
+    length: int
+    labels: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes a training step needs on one device.
+
+    Attributes:
+        base: weights and buffers of the base.
+        adapter: tensors of the adapter, trained or not.
+        gradients: of what is trained.
+        optimizer: its state.
+        activations: most that the passes hold between operations, without logits.
+        logits: most that the head holds, forward and backward.
+        peak: most of all of these at one moment, which need not be the sum of each part's own.
+        forward: allocated in blocks from the heap during one forward pass, freed ones too.
+    """
+
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    peak: int
+    forward: int
+
+
+class LiveBytes(TorchDispatchMode):
+    """While entered, follows the storages that operations make.
+
+    Args:
+        known: tensors that are not counted: parameters and buffers.
+        vocabulary: tensors with this last dimension are logits.
+    """
+
+    def __init__(self, known: Iterable[Tensor], vocabulary: int) -> None:
+        super().__init__()
+        self._known = {_key(tensor) for tensor in known}
+        self._vocabulary = vocabulary
+        self._sizes: dict[int, tuple[int, bool]] = {}
+        self._logits = self._others = 0
+        self.peak = self.peak_logits = self.peak_others = self.from_heap = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for item in tree_leaves(made):
+            if isinstance(item, Tensor):
+                self._count(item)
+        return made
+
+    def _count(self, tensor: Tensor) -> None:
+        storage, key = tensor.untyped_storage(), _key(tensor)
+        if key in self._sizes or key in self._known:
+            return
+        size, is_logits = storage.nbytes(), tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary
+        self._sizes[key] = size, is_logits
+        weakref.finalize(storage, self._forget, key)
+        self._add(size, is_logits)
+        if size < HEAP_BLOCK:
+            self.from_heap += size
+
+    def _forget(self, key: int) -> None:
+        size, is_logits = self._sizes.pop(key)
+        self._add(-size, is_logits)
+
+    def _add(self, size: int, is_logits: bool) -> None:
+        if is_logits:
+            self._logits += size
+        else:
+            self._others += size
+        self.peak_logits, self.peak_others = max(self.peak_logits, self._logits), max(self.peak_others, self._others)
+        self.peak = max(self.peak, self._logits + self._others)
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def footprint(
+    recipe: Recipe, train: BatchShape, evaluation: BatchShape | None = None, *, device: torch.device
+) -> Footprint:
+    """Run a step of the recipe's training, and of its evaluation, without data.
+
+    Args:
+        recipe: what to run.
+        train: the heaviest training batch.
+        evaluation: the heaviest evaluation batch.
+        device: where the run will be.
+
+    Raises:
+        InputError: the base can't be used, or the adapter does not fit it.
+        RuntimeError: the model's course depends on values, so that it can't be followed without them.
+    """
+    with FakeTensorMode(), torch.device(device):
+        base = open_base(recipe.model).empty()
+        base_bytes = _bytes([*base.parameters(), *base.buffers()])
+        # The fake base is whole; codes and scales are counted instead, and one weight expanded at a time.
+        saved, expanded = quantized_bytes(recipe.quantization, base) if recipe.quantization else (0, 0)
+        model = _trained(base, recipe)
+        held = [*model.parameters(), *model.buffers()]
+        adapter = 0 if recipe.adapter.config is None else _bytes(held) - base_bytes
+        vocabulary = base.config.get_text_config().vocab_size
+        if recipe.training.gradient_checkpointing:
+            checkpoint_activations(model)
+
+        step = LiveBytes(held, vocabulary)
+        with step:
+            loss = _loss(model, train, recipe.training)
+            forward = step.from_heap
+            loss.backward()
+            del loss
+        gradients = _bytes(p.grad for p in model.parameters() if p.grad is not None)
+        peak, activations, logits = step.peak, step.peak_others, step.peak_logits
+        if recipe.training.gradient_accumulation_steps > 1:
+            peak += gradients  # those of the window's batches before
+        state = _optimizer_state(model, recipe.training)
+        # The step comes when activations are gone; on accelerators it holds a copy of what it updates.
+        peak = state + max(peak, gradients + (0 if device.type == "cpu" else gradients))
+        if evaluation is not None and evaluation.rows * evaluation.length > train.rows * train.length:
+            model.zero_grad()
+            watch = LiveBytes(held, vocabulary)
+            with watch, torch.no_grad():
+                _loss(model.eval(), evaluation, recipe.training)
+            peak = max(peak, state + watch.peak)
+            activations, logits = max(activations, watch.peak_others), max(logits, watch.peak_logits)
+    base_bytes -= saved
+    peak += base_bytes + adapter + expanded
+    return Footprint(base_bytes, adapter, gradients, state, activations, logits, peak, forward)
+
+
+def _trained(base: nn.Module, recipe: Recipe) -> nn.Module:
+    """The base with its adapter, or with every weight trainable."""
+    if recipe.adapter.config is None:
+        return base.requires_grad_().train()
+    config = copy.deepcopy(recipe.adapter.config)
+    config.task_type = TaskType(recipe.model.task_type)
+    return model_class(config)(base, config, initialize=False).train()
+
+
+def _loss(model: Any, batch: BatchShape, settings: TrainingSection) -> Tensor:
+    """The loss of a batch, as `CausalLMLoss` computes it once it has found the head."""
+    inputs = torch.zeros(batch.rows, batch.length, dtype=torch.long)
+    labels = torch.zeros(batch.labels, dtype=torch.long)
+    autocast = torch.autocast(inputs.device.type, torch.bfloat16) if uses_autocast(model, settings) else nullcontext()
+    head = model.get_output_embeddings()
+    with autocast:
+        with tapped(head, lambda hidden: hidden[..., :1]) as seen:
+            model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False)
+        hidden = seen[0].flatten(0, -2)[: batch.labels]
+        if not torch.is_grad_enabled():
+            return linear_scores(hidden, labels, head)
+        return linear_cross_entropy(hidden, labels, head, leaves=[p for p in head.parameters() if p.requires_grad])
+
+
+def _optimizer_state(model: nn.Module, settings: TrainingSection) -> int:
+    """Bytes the optimizer keeps, found by stepping one parameter of each shape."""
+    trained = [p for p in model.parameters() if p.grad is not None]
+    per_parameter = OPTIMIZER_BYTES.get(settings.optim)
+    if per_parameter is not None:
+        return per_parameter * sum(p.numel() for p in trained)
+    kinds = Counter((p.shape, p.dtype) for p in trained)
+    first = {(p.shape, p.dtype): p for p in reversed(trained)}
+    for parameter in trained:
+        if parameter is not first[parameter.shape, parameter.dtype]:
+            parameter.grad = None
+    optimizer = build_optimizer(model, settings)
+    optimizer.step()
+    return sum(
+        count * _bytes(value for value in optimizer.state[first[kind]].values() if isinstance(value, Tensor))
+        for kind, count in kinds.items()
+    )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of some tensors, each storage once."""
+    return sum({_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
