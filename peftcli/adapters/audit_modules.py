@@ -82,7 +82,7 @@ def _parameter_names(config: TunerConfig) -> set[str]:
     cls = adapter_class(config)
     names: set[str] = set()
     problem: InputError | None = None
-    for shape in probes(cls, "probe"):
+    for shape in probes(cls, "0"):
         try:
             adapter = cls(config, shape)
             names |= adapter.file_tensors().keys() | {key for key, spec in adapter.tensors().items() if spec.shared}

@@ -97,8 +97,8 @@ class KeyReader:
 
 
 def numbered_zero(name: str) -> str:
-    """`tinylora_v.0` for `tinylora_v.7`: how many there are depends on the model."""
-    return re.sub(r"\.\d+$", ".0", name)
+    """`tinylora_v.0` for `tinylora_v.7`, `frod_V.0` for `frod_V.mlp_fc1`: which there are depends on the model."""
+    return re.sub(r"\.[^.]+$", ".0", name)
 
 
 def base_path(module: str) -> str:

@@ -198,6 +198,7 @@ def loaded(adapter: Adapter, held: dict[str, Tensor], shared: dict[str, Tensor])
                     dtype = getattr(torch, spec.dtype) if spec.dtype else torch.float32
                     p[key] = torch.empty(spec.shape, dtype=dtype)
                     fill(p[key], spec.init)
+            p.update(shared)  # from which other tensors may follow
             adapter.regenerate(p)
     p.update(held)
     p.update(shared)
