@@ -40,7 +40,7 @@ class ProgressBar(Callback):
         if not self.console.is_terminal:
             return
         self.bar = Progress(
-            BarColumn(bar_width=40 if self.console.width >= 120 else 6),  # on 80 columns the figures need the rest
+            BarColumn(bar_width=40 if self._is_wide else 20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}", markup=False),
             TimeRemainingColumn(),
@@ -51,9 +51,14 @@ class ProgressBar(Callback):
         )
         self.bar.start()
 
+    @property
+    def _is_wide(self) -> bool:
+        """Whether there is room for all figures beside the bar."""
+        return self.console.width >= 120
+
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=report.step, figures=_figures(report.row()))
+            self.bar.update(self.task, completed=report.step, figures=_figures(report.row(), short=not self._is_wide))
 
     def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
         is_evaluation = "eval_loss" in row
@@ -66,11 +71,10 @@ class ProgressBar(Callback):
             self.bar.stop()
 
 
-def _figures(row: dict[str, Any]) -> str:
-    return (
-        f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  grad {row['grad_norm']:.3f}  "
-        f"{row['tokens_per_second']:,.0f} tok/s  {row['memory'] / 1e9:.2f} GB"
-    )
+def _figures(row: dict[str, Any], *, short: bool = False) -> str:
+    loss, rate = f"loss {row['loss']:.4f}", f"lr {row['lr']:.2e}  grad {row['grad_norm']:.3f}"
+    speed, memory = f"{row['tokens_per_second']:,.0f} tok/s", f"{row['memory'] / 1e9:.2f} GB"
+    return f"{loss}  {speed}  {memory}" if short else f"{loss}  {rate}  {speed}  {memory}"
 
 
 def _metrics(row: dict[str, Any]) -> str:
