@@ -16,6 +16,7 @@ from annotated_types import Ge, Gt, Lt
 from peftcli.adapters.base import Adapter, Init, LowRankAdapter, Tensors, TensorSpec
 from peftcli.adapters.config import PeftConfig, TunerConfig
 from peftcli.adapters.methods.lora import LoraConfig, Rank
+from peftcli.adapters.methods.lora_variants import VARIANTS
 from peftcli.adapters.registry import Method
 from peftcli.errors import InputError
 from peftcli.lazy import torch
@@ -59,7 +60,7 @@ class AdaLoraConfig(LoraConfig):
     def validate(self) -> None:
         TunerConfig.validate(self)
         plain = LoraConfig()
-        for name in ("use_dora", "loftq_config", "lora_bias", "layer_replication", "target_parameters", "eva_config"):
+        for name in (*VARIANTS, "loftq_config", "lora_bias", "layer_replication", "target_parameters", "eva_config"):
             if getattr(self, name) != getattr(plain, name):
                 raise InputError(f"ADALORA does not support `{name}`.", field=name)
         if not isinstance(self.init_lora_weights, bool):

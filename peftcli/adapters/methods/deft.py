@@ -1,5 +1,5 @@
-"""DEFT: W' = (I - P P+^T) W + s P R: what W gives in a learnt subspace is taken away and put back learnt (Kumar et al.
-2025, arXiv 2509.22793). PaRa (2406.05641) only takes away.
+"""DEFT: W' = (I - P P+^T) W + s P R: what W gives in a learnt subspace is taken away and put back learnt
+("Decompositional efficient fine-tuning for text-to-image models", NeurIPS 2025). PaRa (arXiv 2406.05641) only takes away.
 
 P+ is relu(P), or P is replaced by the Q of its QR decomposition, and so is P+: then P P+^T is a projection.
 """

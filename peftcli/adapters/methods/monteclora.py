@@ -1,5 +1,5 @@
 """MonteCLoRA: in training A is a mean of samples around it, whose spread and weights are learnt as well
-(Sengupta et al. 2024, arXiv 2411.04358). Evaluated and merged it is LoRA.
+(Seth et al. 2024, arXiv 2411.04358). Evaluated and merged it is LoRA.
 
 A' = A + c sum_k w_k Z_k diag(v)^1/2 with normal Z_k, v = e^(2 std) times a chi-square number, and weights w drawn near a
 Dirichlet distribution's. A weighted sum of normal samples is normal itself: one sample, scaled by |w|, stands for all.

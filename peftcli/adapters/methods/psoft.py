@@ -1,5 +1,5 @@
 """PSOFT: dW = U S (R - I) V^T, where U S V^T are the r largest singular parts of the weight and R turns their space
-(Wu et al. 2025, "Efficient orthogonal fine-tuning with principal subspace adaptation").
+(https://openreview.net/forum?id=FSHrinMArK).
 
 R = diag(b) C diag(a) with a rotation C by Cayley's transform. U, S and V come from the base, so they are not stored.
 """

@@ -1,6 +1,7 @@
-"""Super-Tuning: dW is zero but where the weight is largest; those entries are trained. Supra adds a LoRA beside.
+"""Super-Tuning: dW is zero but where the weight is largest; those entries are trained. Supra adds a LoRA beside
+(arXiv 2607.09287).
 
-PEFT 0.21's "supertuning". The places are stored beside the values, as offsets into the weight row by row.
+The places are stored beside the values, as offsets into the weight row by row.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """TinyLoRA: dW = B (sum_i v_i P_i) A: of the weight's r largest singular parts a short learnt vector v makes, with random
-P_i [r, r], a small update; modules may share v (Morris et al. 2026, "Learning to reason in 13 parameters").
+P_i [r, r], a small update; modules may share v (Morris et al. 2026, arXiv 2602.04118).
 """
 
 from __future__ import annotations
