@@ -43,13 +43,18 @@ def check_values(file: TensorFile, contents: Contents, findings: Findings) -> di
 
 def _specs(contents: Contents) -> dict[str, TensorSpec]:
     """What the methods say about each of their tensors, by key."""
-    return {
+    specs = {
         tensor.name: part.fits[path].specs[parameter]
         for part in contents.parts
         for path, found in part.modules.items()
         for parameter, tensor in found.items()
         if path in part.fits and parameter in part.fits[path].specs
     }
+    for part in contents.parts:
+        for fit in part.fits.values() if part.shared else ():
+            stated = fit.adapter.tensors()
+            specs |= {tensor.name: stated[name] for name, tensor in part.shared.items() if name in stated}
+    return specs
 
 
 def _has_right_dtype(tensor: TensorInfo, spec: TensorSpec | None, is_copy: bool, findings: Findings) -> bool:
