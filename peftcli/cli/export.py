@@ -29,6 +29,9 @@ def command(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
     shard_size: Annotated[str | None, typer.Option(help="Most bytes in a weight file of a model, e.g. 5GB.")] = None,
+    quantized_base: Annotated[
+        str | None, typer.Option(help="After QLoRA, merge into the original or the dequantized base.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Load the result and compare its logits.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON value.")] = False,
@@ -37,7 +40,7 @@ def command(
     _check(adapters, to, output, target, rank, dtype, shard_size, verify)
     result: dict[str, Any] = {}
     if to is not None and output is not None:
-        result = _export(adapters, to, output, base, rank, dtype, shard_size, overwrite)
+        result = _export(adapters, to, output, base, rank, dtype, shard_size, quantized_base, overwrite)
         if verify:
             result["verified"] = _verify(adapters, to, output, base, result, dtype)
     if target is not None:
@@ -100,6 +103,7 @@ def _export(
     rank: str | None,
     dtype: str | None,
     shard_size: str | None,
+    quantized_base: str | None,
     overwrite: bool,
 ) -> dict[str, Any]:
     if to == "merged":
@@ -107,9 +111,19 @@ def _export(
 
         root = _base(base, adapters[0])
         merged = export_merged(
-            *(adapters, root, output), dtype=dtype, shard_size=_bytes(shard_size), overwrite=overwrite
+            *(adapters, root, output),
+            dtype=dtype,
+            shard_size=_bytes(shard_size),
+            quantized_base=quantized_base,
+            overwrite=overwrite,
         )
-        return {"form": to, "output": str(output), "base": str(root), **asdict(merged)}
+        return {
+            "form": to,
+            "output": str(output),
+            "base": str(root),
+            "quantized_base": quantized_base,
+            **asdict(merged),
+        }
     from peftcli.export.lora import export_lora, export_peft
 
     if to == "peft":
@@ -139,7 +153,9 @@ def _verify(
 ) -> dict[str, Any]:
     from peftcli.export.verify import verify
 
-    is_exact = result.get("is_exact", True)
+    is_exact = (
+        result.get("is_exact", True) and result.get("quantized_base") != "dequantized"
+    )  # compared with the original
     root = _base(base, adapters[0])
     return asdict(verify(root, adapters, output, is_model=to == "merged", is_exact=is_exact, other_dtype=dtype))
 
@@ -175,7 +191,7 @@ def _bytes(text: str | None) -> int | None:
 def _show(result: dict[str, Any]) -> None:
     if result.get("form") == "merged":
         rows = [
-            ("base", result["base"]),
+            ("base", result["base"] + (f" ({result['quantized_base']})" if result["quantized_base"] else "")),
             ("tensors", f"{result['changed']} changed, {result['copied']} copied"),
             ("weights", f"{console.size(result['size'])} in {len(result['files'])} file(s)"),
             ("embeddings", "input and output are two tensors now" if result["unties"] else None),

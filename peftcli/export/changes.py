@@ -17,6 +17,7 @@ from peftcli.adapters.keys import base_path
 from peftcli.adapters.registry import adapter_class
 from peftcli.errors import InputError, InputErrors
 from peftcli.export.layers import replicated_names
+from peftcli.export.quantized import Rounding
 from peftcli.lazy import torch
 from peftcli.merging.base_weights import BaseWeights, stores_transposed, to_matrix, to_stored
 from peftcli.merging.source import Source
@@ -87,6 +88,7 @@ class Change:
         copy: an adapter's own version of it, with the adapter.
         steps: what is applied to it, in order.
         is_bias: whether it is a bias.
+        is_rounded: whether training saw it quantised, and it is merged into that.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Change:
     copy: tuple[Source, TensorInfo] | None = None
     steps: list[Step] = field(default_factory=list)
     is_bias: bool = False
+    is_rounded: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,7 +106,7 @@ class Change:
 
     @property
     def is_untouched(self) -> bool:
-        return self.copy is None and not self.steps
+        return self.copy is None and not self.steps and not self.is_rounded
 
 
 class Changes:
@@ -112,6 +115,7 @@ class Changes:
     Args:
         base: the base model.
         sources: adapters, the first applied first.
+        rounding: how the base was quantised in training, to merge into what training saw.
 
     Attributes:
         tensors: by name, in the base's order.
@@ -121,13 +125,16 @@ class Changes:
         InputErrors: naming what can't be merged into a base.
     """
 
-    def __init__(self, base: BaseWeights, sources: Sequence[Source]) -> None:
-        self.base, self.sources = base, list(sources)
+    def __init__(self, base: BaseWeights, sources: Sequence[Source], rounding: Rounding | None = None) -> None:
+        self.base, self.sources, self.rounding = base, list(sources), rounding
         self.unties = False
         self.replication = _replication(sources)
         names = replicated_names(base.facts, self.replication)
         self.tensors = {name: Change(name, info) for name, info in names.items()}
         self.tied = self._tied_embedding()
+        for name in rounding.names if rounding else ():
+            if (found := self._name(name)) is not None:
+                self.tensors[found].is_rounded = True
         problems: list[InputError] = []
         for source in sources:
             problems += [*self._add_copies(source), *self._add_steps(source)]
@@ -150,7 +157,8 @@ class Changes:
         if change.copy is not None:
             return change.copy[0].read(change.copy[1])
         assert change.origin is not None
-        return self.base.read(change.origin)
+        stored = self.base.read(change.origin)
+        return self.rounding.rounded(stored) if self.rounding and change.is_rounded else stored
 
     def _weight(self, change: Change, stored: Tensor) -> Tensor:
         shape, facts = change.steps[0].shape, self.base.facts

@@ -19,6 +19,7 @@ from peftcli.adapters.values import FLOATS
 from peftcli.errors import InputError
 from peftcli.export.changes import Change, Changes
 from peftcli.export.layers import replicated_config
+from peftcli.export.quantized import choose_rounding
 from peftcli.lazy import torch
 from peftcli.merging.base_weights import BaseWeights
 from peftcli.merging.output import new_folder, require_free
@@ -63,6 +64,7 @@ def export_merged(
     *,
     dtype: str | None = None,
     shard_size: int | None = None,
+    quantized_base: str | None = None,
     overwrite: bool = False,
 ) -> Merged:
     """Write base + adapters as a model folder.
@@ -73,6 +75,7 @@ def export_merged(
         output: the folder to write.
         dtype: `bfloat16`, `float16` or `float32` for all floating tensors; as in the base by default.
         shard_size: bytes a weight file may have; by default the base's own files.
+        quantized_base: for adapters trained on a quantised base, what to merge into: `original` or `dequantized`.
         overwrite: replace an earlier result.
 
     Raises:
@@ -84,7 +87,8 @@ def export_merged(
     _refuse_quantized(weights)
     if dtype is not None and dtype not in KINDS:
         raise InputError(f"{dtype!r} is no dtype to write", field="--dtype", allowed=", ".join(KINDS))
-    changes = Changes(weights, [Source(folder, weights) for folder in adapters])
+    sources = [Source(folder, weights) for folder in adapters]
+    changes = Changes(weights, sources, choose_rounding(adapters[0], base, quantized_base))
     files = _shards(changes, weights, KINDS.get(dtype or ""), shard_size)
     size = sum(_size(change, KINDS.get(dtype or "")) for group in files.values() for change in group)
     with new_folder(output, inputs=inputs, overwrite=overwrite, size=size) as folder:
