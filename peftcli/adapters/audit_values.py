@@ -81,7 +81,8 @@ def _check(tensor: TensorInfo, values: Values, spec: TensorSpec | None, findings
         if spec is None or spec.init != "zeros":
             findings.doubt("is all zero", tensor.name)
     elif values.constant:
-        findings.doubt("holds one and the same value everywhere", tensor.name)
+        if spec is None or spec.trainable:  # state may stay as it was made (MonteCLoRA's weights)
+            findings.doubt("holds one and the same value everywhere", tensor.name)
     elif spec is not None and spec.init == "zeros" and values.zero_rows * 2 >= rows > 1:
         findings.doubt(f"has {values.zero_rows:,} rows of {rows:,} that are all zero: a partial shard?", tensor.name)
 
