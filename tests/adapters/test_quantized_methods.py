@@ -50,7 +50,7 @@ def test_trains_and_merges(row: Row, kind: str) -> None:
     (expected.float() ** 2).sum().backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     dead = [name for name, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert trained and dead == []
+    assert trained and not [name for name in dead if not any(part in name for part in row.no_gradient)]
     assert torch.equal(layer.base_layer.weight.data, codes)
     if all(adapter.mergeable for adapter in layer.adapters.values()):
         merged = model.merge_and_unload()
