@@ -34,6 +34,7 @@ _HOME = {
     "PromptLearningConfig": "prompt_base",
     "PromptTuningInit": "methods.prompt_tuning",
     "initialize_lora_eva_weights": "initializers.eva",
+    "replace_lora_weights_loftq": "initializers.loftq_replace",
     "preprocess_corda": "initializers.corda",
     "preprocess_loraga": "initializers.lora_ga",
     "PeftMixedModel": "mixed",

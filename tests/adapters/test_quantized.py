@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from peftcli import LoraConfig, get_peft_model
+from peftcli import LoraConfig, get_peft_model, replace_lora_weights_loftq
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs the quantization extra")
 
@@ -115,3 +115,34 @@ def test_a_start_from_the_base_works_on_quantised_weights() -> None:
     model = get_peft_model(quantized("nf4"), LoraConfig(r=4, target_modules=["0"], init_lora_weights="pissa")).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(X), quantized("nf4").eval()(X), atol=2e-2, rtol=0)
+
+
+def test_loftq_on_a_base_that_is_quantised_already(tmp_path: Any) -> None:
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
+    save_file(plain.state_dict(), tmp_path / "model.safetensors")
+    model = get_peft_model(quantized("nf4"), LoraConfig(r=16, target_modules=["0", "2"])).eval()
+
+    def error() -> float:
+        with torch.no_grad():
+            return float((model(X) - plain(X)).square().mean())
+
+    start = error()
+    errors = [start]
+
+    def keep_if_better(current: nn.Module, name: str) -> bool:
+        errors.append(error())
+        return errors[-1] < min(errors[:-1])
+
+    replace_lora_weights_loftq(model, tmp_path, callback=keep_if_better)
+    assert error() == pytest.approx(min(errors))
+    assert error() < 0.8 * start
+    before = model.base_model.model[0].lora_A["default"].weight.clone()
+    replace_lora_weights_loftq(model, tmp_path, callback=lambda *_: False)
+    assert torch.equal(model.base_model.model[0].lora_A["default"].weight, before)
+    with pytest.raises(ValueError, match="holds no safetensors"):
+        replace_lora_weights_loftq(model, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="No bnb LoRA module"):
+        replace_lora_weights_loftq(get_peft_model(plain, LoraConfig(target_modules=["0"])), tmp_path)
