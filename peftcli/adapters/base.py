@@ -142,6 +142,9 @@ class Adapter:
     follows_ties: ClassVar[bool] = False
     """Whether modules that share the adapted module's weight (tied embeddings) are adapted by the same tensors."""
 
+    knows_neighbours: ClassVar[bool] = False
+    """Whether what it does at a module depends on which others are adapted, in the model's order (see `arrange`)."""
+
     rows_interact: ClassVar[bool] = False
     """Whether what a row of a batch gets depends on the other rows."""
 

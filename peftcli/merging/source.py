@@ -12,6 +12,7 @@ from peftcli.adapters.audit_modules import Part
 from peftcli.adapters.base import Adapter, DeltaAdapter, LowRankAdapter, SiteShape, Tensors, fill
 from peftcli.adapters.header import TensorInfo
 from peftcli.adapters.keys import PREFIX
+from peftcli.adapters.registry import adapter_class
 from peftcli.errors import InputError, InputErrors
 from peftcli.files import open_regular
 from peftcli.lazy import torch
@@ -43,6 +44,12 @@ class Source:
         if self.audit.errors:
             raise self.audit.errors[0] if len(self.audit.errors) == 1 else InputErrors(self.audit.errors)
         self.config: Any = self.audit.config
+        if self.part and adapter_class(self.part.config).knows_neighbours:
+            raise InputError(
+                f"what {self.what} does depends on the order of the model's modules, so files alone can't be merged",
+                place=folder,
+                fix="load it into the model: PeftModel.from_pretrained(...).merge_and_unload()",
+            )
         self.name = folder.resolve().name
 
     @cached_property
@@ -119,7 +126,8 @@ class Source:
         assert self.part is not None
         adapters = [self.adapter(module) for module in self.paths]
         specs = {key: spec for adapter in adapters for key, spec in adapter.tensors().items() if spec.shared}
-        made = type(adapters[0]).make_shared(adapters, self.config) if adapters and specs else {}
+        missing = specs.keys() - self.part.shared.keys()
+        made = type(adapters[0]).make_shared(adapters, self.config) if missing else {}
         tensors = {}
         for key, spec in specs.items():
             if key in self.part.shared:

@@ -36,7 +36,11 @@ def test_updates_are_those_of_the_model(name: str, monkeypatch: pytest.MonkeyPat
         read_config(case.adapter / "adapter_config.json")
     except InputError:
         pytest.skip("a method or variant we do not have")
-    source = Source(case.adapter, BaseWeights(case.folder.parents[1] / "bases" / case.facts["base"]))
+    try:
+        source = Source(case.adapter, BaseWeights(case.folder.parents[1] / "bases" / case.facts["base"]))
+    except InputError as error:
+        assert "the order of the model's modules" in str(error)
+        return
     if not source.paths:
         assert source.part is None or source.config.peft_type == "XLORA"
         return

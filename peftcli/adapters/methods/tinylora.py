@@ -57,6 +57,7 @@ class TinyLora(LowRankAdapter):
     """B R A with R from v."""
 
     kinds = frozenset({"linear"})
+    knows_neighbours = True
     config: TinyLoraConfig
     index: int | None = None
     """Which of the adapted modules this is, in the model's order."""

@@ -58,6 +58,7 @@ class UniLora(LowRankAdapter):
     """B A, both read from the vector."""
 
     config: UniLoraConfig
+    knows_neighbours = True
     first = 0
     """How many numbers of A and B stand at modules before this one."""
     total: int | None = None
