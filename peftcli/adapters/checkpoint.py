@@ -180,13 +180,14 @@ def load_state(
             problems.append(InputError(f"is {tensor.dtype}, not floating point", place=place, field=key))
     if problems:
         raise problems[0] if len(problems) == 1 else InputErrors(problems)
+    frozen = {key: bank for key, bank in banks.items() if isinstance(bank, Buffers) and key in given}
     with torch.no_grad():
-        for key, tensor in given.items():
-            bank = banks.get(key)
-            if isinstance(bank, Buffers):
-                bank[name] = tensor.to(bank[name])  # replaced: another adapter may share the old tensor
-            else:
-                targets[key].copy_(tensor)
+        if _replace(frozen, name, given):
+            for _, layer in attached.layers():
+                if name in layer.adapters:  # what follows from tensors kept once a model (FRoD's U)
+                    layer.adapters[name].regenerate(layer.tensors(name))
+        for key in given.keys() - frozen.keys():
+            targets[key].copy_(given[key])
         if prompt is not None:
             prompt.method.accept(prompt, given)
 
@@ -202,6 +203,19 @@ def _lost_biases(attached: Attached, name: str, given: Mapping[str, Tensor], pla
         stacklevel=4,
     )
     return keys
+
+
+def _replace(banks: Mapping[str, Buffers], name: str, given: Mapping[str, Tensor]) -> bool:
+    """Give an adapter a file's tensors kept once a model. New ones, since other adapters may share the old.
+
+    Returns:
+        Whether that changed any.
+    """
+    changed = False
+    for key, bank in banks.items():
+        before, bank[name] = bank[name], given[key].to(bank[name])
+        changed |= not (before.is_meta or torch.equal(before, bank[name]))
+    return changed
 
 
 def _without_tied(attached: Attached, name: str, tensors: Mapping[str, Tensor], place: str | Path) -> dict[str, Tensor]:

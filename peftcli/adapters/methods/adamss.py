@@ -43,8 +43,8 @@ class AdamssConfig(TunerConfig):
         use_dynamic_rank: give a subspace only as many ranks as it has large singular values, `subspace_rank` at most.
         svd_threshold: what is large: the share of the largest, both squared.
         random_seed: of the random projection behind the singular vectors.
-        use_asa: adaptive subspace allocation: PEFT's callback freezes the least important subspaces. Files say it; to
-            train with it is refused.
+        use_asa: adaptive subspace allocation: PEFT freezes the least important subspaces while training. Files that say it
+            are loaded; to train with it is refused.
         asa_target_subspaces, init_warmup, final_warmup, mask_interval, asa_importance_beta, asa_uncertainty_beta,
             asa_schedule_exponent: its schedule.
     """
@@ -72,7 +72,9 @@ class AdamssConfig(TunerConfig):
     def validate(self) -> None:
         super().validate()
         if self.use_asa and not self.inference_mode:
-            raise InputError("subspaces can't be frozen while training", field="use_asa", allowed="False")
+            raise InputError(
+                "subspaces can't be allocated while training", field="use_asa", fix="train fewer: num_subspaces"
+            )
 
 
 class Adamss(LowRankAdapter):
