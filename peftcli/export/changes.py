@@ -16,7 +16,7 @@ from peftcli.adapters.header import TensorInfo
 from peftcli.adapters.keys import base_path
 from peftcli.adapters.registry import adapter_class
 from peftcli.errors import InputError, InputErrors
-from peftcli.export.layers import replicated_names
+from peftcli.export.layers import common_replication, replicated_names
 from peftcli.export.quantized import Rounding
 from peftcli.lazy import torch
 from peftcli.merging.base_weights import BaseWeights, stores_transposed, to_matrix, to_stored
@@ -128,7 +128,7 @@ class Changes:
     def __init__(self, base: BaseWeights, sources: Sequence[Source], rounding: Rounding | None = None) -> None:
         self.base, self.sources, self.rounding = base, list(sources), rounding
         self.unties = False
-        self.replication = _replication(sources)
+        self.replication = common_replication([source.config for source in sources])
         names = replicated_names(base.facts, self.replication)
         self.tensors = {name: Change(name, info) for name, info in names.items()}
         self.tied = self._tied_embedding()
@@ -284,13 +284,6 @@ def _add_products(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> N
             for a, b in factors:
                 block.addmm_(b[start : start + rows], a)
             weight[start : start + rows] = block
-
-
-def _replication(sources: Sequence[Source]) -> list[list[int]] | None:
-    found = [getattr(source.config, "layer_replication", None) for source in sources]
-    if any(item != found[0] for item in found):
-        raise InputError("the adapters replicate different layers", field="layer_replication")
-    return found[0]
 
 
 def _same(source: Source, info: TensorInfo, other: tuple[Source, TensorInfo] | None) -> bool:

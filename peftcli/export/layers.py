@@ -15,6 +15,18 @@ LAYER = re.compile(r"((?:.+\.)?(?:layers|layer|h)\.)(\d+)(\..+)")
 """A tensor in a model's list of layers: what comes before its number, the number, and the rest."""
 
 
+def common_replication(configs: Sequence[Any]) -> list[list[int]] | None:
+    """The layers all adapters replicate; None where none does.
+
+    Raises:
+        InputError: if they differ.
+    """
+    found = [getattr(config, "layer_replication", None) for config in configs]
+    if any(item != found[0] for item in found):
+        raise InputError("the adapters replicate different layers", field="layer_replication")
+    return found[0]
+
+
 def layer_order(replication: Sequence[Sequence[int]], count: int) -> list[int]:
     """Which of the base's `count` layers each layer of the deeper model is.
 
