@@ -1,4 +1,7 @@
-"""k-means as scikit-learn runs it from a random start, so that groups no file holds come out as they did in PEFT."""
+"""k-means as scikit-learn runs it from a random start, so that groups no file holds come out as they did in PEFT.
+
+Points exactly as near to two centres may fall differently: there the rounding of a library's matrix product decides.
+"""
 
 from __future__ import annotations
 

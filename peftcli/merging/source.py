@@ -168,17 +168,17 @@ class Source:
         p = self.tensors(module, adapter)
         if "lora_B.bias" in p:
             raise InputError("has `lora_bias`: a bias is no part of B A", place=self.folder, field="lora_bias")
+        self._require_same_bias(adapter, p)
         if isinstance(adapter, LowRankAdapter) and type(adapter).delta is LowRankAdapter.delta:
             a, b = adapter.factors(p)
             return LowRank(a.double(), b.double())
         if isinstance(adapter, DeltaAdapter):
             return Dense(adapter.delta(p), self._nominal_rank(adapter))
         weight = self.base_weight(adapter.shape)
-        self._require_same_bias(adapter, p)
         return Dense(adapter.merged_weight(p, weight) - weight, self._nominal_rank(adapter))
 
     def _require_same_bias(self, adapter: Adapter, p: Tensors) -> None:
-        """A method that turns outputs turns the bias with them, which no update of the weight can do."""
+        """A method that turns outputs turns the bias with them, and some add to it: no update of the weight can do that."""
         if adapter.shape.has_bias:
             ones = torch.ones(adapter.shape.out_features)
             if not torch.equal(adapter.merged_bias(p, ones), ones):
