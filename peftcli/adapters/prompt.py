@@ -13,9 +13,10 @@ from typing import Any
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
-from peftcli.adapters.attach import Placement, attach_copy, check_new, plan_copies
+from peftcli.adapters.attach import Placement, attach_copy, check_new
 from peftcli.adapters.config import TaskType
 from peftcli.adapters.engine import STATE, Attached, attached_to
+from peftcli.adapters.planning import plan_copies
 from peftcli.adapters.prompt_base import PromptLearningConfig, PromptMethod
 from peftcli.adapters.prompt_inputs import (
     DECODER,

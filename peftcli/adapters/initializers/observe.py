@@ -23,7 +23,7 @@ def linear_sites(model: nn.Module, config: TunerConfig, *, purpose: str) -> dict
     Raises:
         InputError: for targets of another kind.
     """
-    from peftcli.adapters.attach import plan_sites
+    from peftcli.adapters.planning import plan_sites
 
     sites = {site.name: (site, adapter) for site, adapter in plan_sites(model, config)}
     for name, (site, _) in sites.items():
