@@ -17,7 +17,8 @@ from peftcli.adapters.base import Adapter, CopyNames, fill
 from peftcli.adapters.config import PeftConfig, TunerConfig, as_tuner_config
 from peftcli.adapters.copies import CopyLayer, TrainedBiases, trained_bias_owners
 from peftcli.adapters.engine import STATE, Attached, attached_to, base_modules
-from peftcli.adapters.layer import AdapterLayer, Buffers, layer_for
+from peftcli.adapters.holding import Buffers
+from peftcli.adapters.layer import AdapterLayer, layer_for
 from peftcli.adapters.planning import plan_copies, plan_sites
 from peftcli.adapters.sites import LinearSite, ParameterSite, Site
 from peftcli.adapters.surgery import replicate_layers

@@ -19,7 +19,7 @@ from torch import Tensor  # noqa: TID253
 from peftcli.adapters.base import Adapter
 from peftcli.adapters.config import CONFIG_NAME, PeftConfig, read_strict_json
 from peftcli.adapters.engine import Attached, embeddings
-from peftcli.adapters.layer import Buffers
+from peftcli.adapters.holding import Buffers
 from peftcli.adapters.registry import adapter_class
 from peftcli.errors import InputError, InputErrors, printable
 

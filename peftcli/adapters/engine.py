@@ -17,7 +17,8 @@ from peftcli.adapters.base import Adapter, Tensors
 from peftcli.adapters.config import PeftConfig
 from peftcli.adapters.context import ForwardContext
 from peftcli.adapters.copies import CopyLayer, TrainedBiases
-from peftcli.adapters.layer import AdapterLayer, Buffers
+from peftcli.adapters.holding import Buffers
+from peftcli.adapters.layer import AdapterLayer
 from peftcli.errors import InputError
 
 STATE = "_peftcli_attached"

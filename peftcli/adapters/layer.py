@@ -1,4 +1,4 @@
-"""`AdapterLayer` stands where an adapted module stood: it owns the adapters' tensors and composes their equations.
+"""`AdapterLayer` stands where an adapted module stood: it holds the adapters' tensors and composes their equations.
 
 Parameters live under PEFT's names (`q_proj.lora_A.default.weight`), the module itself under `base_layer`. Several active
 adapters are composed as functions, the first named outermost, so methods of different families mix freely.
@@ -6,30 +6,19 @@ adapters are composed as functions, the first named outermost, so methods of dif
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch  # noqa: TID253
 import torch.nn.functional as F  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
-from peftcli.adapters.base import Adapter, DeltaAdapter, Tensors, TensorSpec, TransformAdapter, fill
+from peftcli.adapters.base import Adapter, DeltaAdapter, Tensors, TransformAdapter
 from peftcli.adapters.context import BASE, ForwardContext
+from peftcli.adapters.holding import TensorHolder
 from peftcli.adapters.sites import Site
 from peftcli.errors import InputError
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where one tensor of one adapter lives: `layer.<head>.<adapter>[.<leaf>]`."""
-
-    key: str
-    spec: TensorSpec
-    head: str
-    leaf: str
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -37,32 +26,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-class Weights(nn.Module):
-    """Holds the tensors that PEFT keeps in a small module, e.g. `lora_A.default` with its `weight`."""
-
-    weight: Tensor
-
-
-class Buffers(nn.Module):
-    """An adapter-name -> tensor map of state that is not trained."""
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.get_buffer(name)
-
-    def __setitem__(self, name: str, tensor: Tensor) -> None:
-        self.register_buffer(name, tensor)
-
-    def __delitem__(self, name: str) -> None:
-        del self._buffers[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._buffers
-
-    def __len__(self) -> int:
-        return len(self._buffers)
-
-
-class AdapterLayer(nn.Module):
+class AdapterLayer(TensorHolder):
     """An adapted module.
 
     Args:
@@ -75,134 +39,17 @@ class AdapterLayer(nn.Module):
     base_layer: nn.Module
 
     def __init__(self, site: Site, context: ForwardContext, *, weight_is_read: bool = False) -> None:
-        super().__init__()
+        super().__init__(site, context)
         self.base_layer = site.module
-        self.site, self.context, self.weight_is_read = site, context, weight_is_read
-        self.adapters: dict[str, Adapter] = {}
-        self._shared: dict[str, dict[str, Any]] = {}
-        self._slots: dict[str, list[Slot]] = {}
-        self._leaders: dict[str, AdapterLayer] = {}
-        self.active_adapters: list[str] = []
+        self.weight_is_read = weight_is_read
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
         self._originals: dict[str, nn.Parameter | None] = {}
         self.train(site.module.training)
 
-    # -- tensors --------------------------------------------------------------------------------------------------
-
-    def add(
-        self,
-        name: str,
-        adapter: Adapter,
-        *,
-        shared: Mapping[str, nn.Module] | None = None,
-        dtype: torch.dtype,
-        device: torch.device,
-        initialize: bool = True,
-        layer_at: Callable[[str], AdapterLayer] | None = None,
-    ) -> None:
-        """Give the layer an adapter and allocate its tensors; on the meta device they stay empty.
-
-        `shared` holds the tensors kept once a model, by name and then adapter; every layer registers the same modules.
-        `layer_at` finds the layers before this one that own some of its tensors, by their module's path.
-        """
-        self._hold(name, adapter)
-        self._shared[name] = dict(shared or {})
-        for key, bank in self._shared[name].items():
-            self._register_bank(name, key, bank)
-        self._slots[name] = []
-        for key, spec in adapter.tensors().items():
-            if spec.shared:
-                continue
-            if spec.owner and layer_at:
-                tensor = layer_at(spec.owner).tensors(name)[key]
-            else:
-                kind = getattr(torch, spec.dtype) if spec.dtype else dtype
-                tensor = torch.empty(spec.shape, dtype=kind, device=device)
-                if initialize and device.type != "meta":
-                    fill(tensor, spec.init)
-            head, _, leaf = (spec.live or key).partition(".")
-            slot = Slot(key, spec, head, leaf)
-            self._slots[name].append(slot)
-            self._place(name, slot, tensor)
-        if device.type != "meta":
-            with torch.no_grad():
-                begin = adapter.initialize if initialize else adapter.regenerate
-                new_weight = begin(self.tensors(name))
-                if new_weight is not None:
-                    self.site.stored.copy_(self.site.to_stored(new_weight))
-
-    def _register_bank(self, name: str, key: str, bank: Any) -> None:
-        """Register tensors kept once a model; `tinylora_v.0` under PEFT's live name `tinylora_v.<name>.0`."""
-        head, _, leaf = key.partition(".")
-        if not leaf or isinstance(bank, Buffers):
-            self._modules[key] = bank
-            return
-        container: Any = self._modules.setdefault(head, nn.ModuleDict())
-        if name not in container:
-            container[name] = Weights()
-        container[name].register_parameter(leaf, bank[name])
-
-    def _hold(self, name: str, adapter: Adapter) -> None:
-        adapter.context, adapter.training = self.context, self.training
-        self.adapters[name] = adapter
-
-    def train(self, mode: bool = True) -> AdapterLayer:
-        """Switch to training (True) or evaluation; the adapters are told."""
-        for adapter in self.adapters.values():
-            adapter.training = mode
-        return super().train(mode)
-
-    def follow(self, name: str, adapter: Adapter, leader: AdapterLayer) -> None:
-        """Give the layer an adapter whose tensors are those of another layer: the two share their weight."""
-        heads = {slot.head: leader._modules[slot.head] for slot, _ in leader.own_tensors(name)}
-        self._hold(name, adapter)
-        self._slots[name], self._leaders[name] = [], leader
-        self._shared[name] = heads
-        self._modules.update(heads)
-
-    def _place(self, name: str, slot: Slot, tensor: Tensor) -> None:
-        """Register a tensor under PEFT's live name: `lora_A.<name>.weight` for `lora_A.weight`, else `ia3_l.<name>`."""
-        if slot.head not in self._modules:
-            kind = nn.ModuleDict if slot.leaf else nn.ParameterDict if slot.spec.trainable else Buffers
-            self._modules[slot.head] = kind()  # add_module would see the inner layer's through __getattr__
-        container: Any = self._modules[slot.head]
-        leaf = name
-        if slot.leaf:
-            if name not in container:
-                container[name] = Weights()
-            container = container[name]
-            *parents, leaf = slot.leaf.split(".")
-            for parent in parents:  # `0.weight` of a list of layers
-                if parent not in container._modules:
-                    container.add_module(parent, Weights())
-                container = container._modules[parent]
-        owned = isinstance(tensor, nn.Parameter)
-        value = nn.Parameter(tensor) if slot.spec.trainable and not owned else tensor
-        if not slot.leaf:
-            container[leaf] = value
-        elif isinstance(value, nn.Parameter):
-            container.register_parameter(leaf, value)
-        else:
-            container.register_buffer(leaf, value)
-
     def leader(self, name: str) -> AdapterLayer | None:
         """The layer whose tensors an adapter uses here, or None where it has its own."""
         return self._leaders.get(name)
-
-    def own_tensors(self, name: str) -> Iterator[tuple[Slot, Tensor]]:
-        """One adapter's tensors with their places, without the shared ones."""
-        for slot in self._slots[name]:
-            held: Any = self._modules[slot.head]
-            yield slot, attrgetter(slot.leaf)(held[name]) if slot.leaf else held[name]
-
-    def tensors(self, name: str) -> Tensors:
-        """One adapter's tensors as its equation wants them."""
-        leader = self.leader(name)
-        if leader is not None:
-            return leader.tensors(name)
-        shared = {key: bank[name] for key, bank in self._shared[name].items()}
-        return Tensors({slot.key: tensor for slot, tensor in self.own_tensors(name)} | shared)
 
     def _pass_tensors(self, name: str, dropping: bool) -> Tensors:
         """`tensors` as one pass sees them: a training pass may drop some."""
@@ -215,22 +62,6 @@ class AdapterLayer(nn.Module):
         for name in reversed(names):
             bias = None if bias is None else self.adapters[name].merged_bias(self.tensors(name), bias)
         return bias
-
-    def remove(self, name: str) -> None:
-        """Forget an adapter and its tensors; empty containers go too."""
-        parted = {head for head, _, leaf in (key.partition(".") for key in self._shared[name] if key not in self._modules) if leaf}
-        for head in parted | {slot.head for slot in self._slots[name]}:
-            container: Any = self._modules[head]
-            del container[name]
-            if not len(container):
-                del self._modules[head]
-        for key in self._shared.pop(name):
-            if not any(key in keys for keys in self._shared.values()):
-                self._modules.pop(key, None)
-        del self.adapters[name], self._slots[name]
-        self._leaders.pop(name, None)
-        if name in self.active_adapters:
-            self.active_adapters.remove(name)
 
     # -- forward --------------------------------------------------------------------------------------------------
 
