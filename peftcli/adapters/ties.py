@@ -6,6 +6,7 @@ from torch import nn  # noqa: TID253
 
 from peftcli.adapters.base import Adapter
 from peftcli.adapters.sites import Site, site_for
+from peftcli.errors import InputError
 
 Planned = list[tuple[Site, Adapter]]
 
@@ -14,6 +15,9 @@ def followers(base: dict[str, nn.Module], planned: Planned) -> list[tuple[Site, 
     """The sites tied to planned ones whose method follows ties: (site, its adapter, the site it follows).
 
     Of planned sites that are tied to each other the first leads: the others leave `planned`.
+
+    Raises:
+        InputError: a module would follow another and be adapted itself.
     """
     leaders: dict[nn.Parameter | None, tuple[Site, Adapter]] = {}
     for site, adapter in list(planned):
@@ -28,6 +32,13 @@ def followers(base: dict[str, nn.Module], planned: Planned) -> list[tuple[Site, 
         if tied is None or module is tied[0].module:
             continue
         leader, adapter = tied
+        if any(site.module is module for site, _ in planned):
+            raise InputError(
+                f"is tied to {leader.name}, whose tokens are trained, and can't be adapted itself as well",
+                place=path,
+                field="target_modules",
+                fix=f"leave {path} out, or train a head of its own with modules_to_save",
+            )
         site_here = site_for(module, path)
         if site_here is not None:
             found.append((site_here, site_here.adapter(type(adapter), adapter.config), leader))

@@ -166,3 +166,11 @@ def test_peft_s_second_copy_for_a_tied_head_must_agree(tmp_path: Path) -> None:
     save_file(tensors | {key: next(iter(tensors.values())) + 1}, path)
     with pytest.raises(InputError, match=r"differs from base_model\.model\.model\.embed_tokens"):
         PeftModel.from_pretrained(llama(tied=True), tmp_path)
+
+
+def test_a_tied_head_can_t_follow_and_be_adapted_itself() -> None:
+    base = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
+    config = LoraConfig(target_modules=["q_proj", "lm_head"], trainable_token_indices=[3])
+    with pytest.raises(InputError, match=r"lm_head.*tied to model\.embed_tokens"):
+        get_peft_model(base, config)
+    assert not any("base_layer" in name for name, _ in base.named_modules())
