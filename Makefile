@@ -1,5 +1,6 @@
 # make demo    a first adapter: install, train on SmolLM2-135M, compare with the base
 # make test    the test suite
+# make test-slow  what takes minutes or gigabytes
 # make lint    formatting, lint, types
 # make clean   remove what the targets made (the converted base stays in ~/.cache/peftcli)
 
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/peft train recipes/quickstart.yaml --overwrite
@@ -20,6 +21,9 @@ demo: $(VENV)/demo
 
 test: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-slow: $(VENV)/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

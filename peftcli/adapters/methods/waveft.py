@@ -92,7 +92,13 @@ class WaveFT(DeltaAdapter):
         generator = torch.Generator().manual_seed(self.config.random_loc_seed)
         places = torch.randperm(math.prod(self.shape.matrix), generator=generator)
         p.waveft_places.copy_(places[: self.n_frequency])
+        _ = self.low  # computed here, where no compiler has to follow
         return None
+
+    @cached_property
+    def low(self) -> list[float]:
+        """The wavelet's low-pass filter."""
+        return daubechies(int(self.config.wavelet_family[2:]))
 
     def delta(self, p: Tensors) -> Tensor:
         out_features, in_features = self.shape.matrix
@@ -101,7 +107,7 @@ class WaveFT(DeltaAdapter):
         if not self.config.use_idwt:
             return values.new_zeros(self.shape.matrix).index_put((rows, columns), values)
         # The transform takes some rows and columns away: C is larger by as many, and its entries stand in the middle.
-        low = daubechies(int(self.config.wavelet_family[2:]))
+        low = self.low
         height, width = (size + len(low) - 2 + size % 2 for size in (out_features, in_features))
         places = rows + (height - out_features) // 2, columns + (width - in_features) // 2
         padded = values.new_zeros(height, width).index_put(places, values)
