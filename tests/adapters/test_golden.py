@@ -19,8 +19,7 @@ from peftcli.errors import InputError
 SHARED = Path(os.environ.get("PEFTCLI_SHARED", Path(__file__).parents[3] / "shared")).resolve()
 CASES = find(SHARED) or {"none": None}
 
-UNSUPPORTED = {
-}
+UNSUPPORTED = {}
 """Variants of LoRA we do not have, and the field a refusal must name."""
 
 WRONG_GRADIENTS = {"C3A": ".layers.0."}
