@@ -110,7 +110,7 @@ def keep_layout(module: nn.Module) -> None:
         return
     layer: Any = module
     layer.support_avx512bf16_for_cpu = False
-    state = getattr(layer.weight, "quant_state", None)
+    state: Any = getattr(layer.weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
