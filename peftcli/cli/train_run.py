@@ -117,6 +117,7 @@ def _set_up(request: Request, data_folder: Path) -> Setup:
     from peftcli.training.model import load_tokenizer, open_base
     from peftcli.training.optimizers import check_optimizer
     from peftcli.training.outline import outline
+    from peftcli.training.plan import plan_memory
     from peftcli.training.quantized import check_quantization
 
     recipe = request.recipe
@@ -128,18 +129,8 @@ def _set_up(request: Request, data_folder: Path) -> Setup:
     processes = launcher_command.processes(recipe.launcher)
     with _progress() as progress:
         prepared = prepare(recipe.data, tokenizer, folder=data_folder, seed=recipe.training.seed, progress=progress)
-    memory = _memory(recipe, prepared, processes)
+    memory = plan_memory(recipe, prepared.train, prepared.eval, processes=processes)
     return Setup(request, tokenizer, model, prepared, processes, memory)
-
-
-def _memory(recipe: Recipe, prepared: Prepared, processes: int) -> MemoryPlan | None:
-    """The memory plan, or None for a model whose course depends on values and so can't be followed without them."""
-    from peftcli.training.plan import plan_memory
-
-    try:
-        return plan_memory(recipe, prepared.train, prepared.eval, processes=processes)
-    except RuntimeError:
-        return None
 
 
 def _in_this_process(request: Request, folder: Path, resume: str | None) -> RunResult:

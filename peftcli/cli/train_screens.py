@@ -110,7 +110,7 @@ def _plan(setup: Setup) -> Iterator[tuple[str, str]]:
 
 def _show_memory(plan: MemoryPlan | None) -> None:
     if plan is None:
-        console.facts("memory", [("not known", "what this model does depends on values, so it can't be planned")])
+        console.facts("memory", [("not known", "this model can't be followed without data")])
         return
     rows = [(name, console.size(size)) for name, size in plan.rows()]
     console.facts(f"memory on {plan.device}", [*rows, ("available", console.size(plan.available))])

@@ -35,7 +35,7 @@ class ModelSection(Section):
     dtype: Literal["auto"] | DataType = "auto"
     """Type of the base's weights; auto: as stored."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernel. A base can't ask for another one."""
+    """Attention kernel; a model without sdpa takes eager. A base can't ask for another one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the base. Only for bases you have read."""
     task_type: TaskType = "CAUSAL_LM"

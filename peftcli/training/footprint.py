@@ -8,7 +8,6 @@ what the allocator makes of it all.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections import Counter
 from collections.abc import Iterable
@@ -22,14 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: TID253
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: TID253
 from torch.utils._pytree import tree_leaves  # noqa: TID253
 
-from peftcli.adapters.config import TaskType
-from peftcli.adapters.task_models import model_class
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.training_section import TrainingSection
 from peftcli.training.loop import checkpoint_activations, uses_autocast
 from peftcli.training.losses import linear_cross_entropy, linear_scores, tapped
 from peftcli.training.model import open_base
 from peftcli.training.optimizers import build_optimizer
+from peftcli.training.outline import adapted
 from peftcli.training.quantized import quantized_bytes
 
 OPTIMIZER_BYTES = {"adamw_8bit": 2, "paged_adamw_8bit": 2, "paged_adamw_32bit": 8}
@@ -143,14 +141,16 @@ def footprint(
 
     Raises:
         InputError: the base can't be used, or the adapter does not fit it.
-        RuntimeError: the model's course depends on values, so that it can't be followed without them.
+        Exception: of any kind, where the model's course depends on values or an operation knows no shapes.
     """
-    with FakeTensorMode(), torch.device(device):
+    with torch.device("meta"):
         base = open_base(recipe.model).empty()
         base_bytes = _bytes([*base.parameters(), *base.buffers()])
-        # The fake base is whole; codes and scales are counted instead, and one weight expanded at a time.
+        # The base here is whole; codes and scales are counted instead, and one weight expanded at a time.
         saved, expanded = quantized_bytes(recipe.quantization, base) if recipe.quantization else (0, 0)
         model = _trained(base, recipe)
+    with FakeTensorMode(), torch.device(device):
+        _make_fake(model)
         held = [*model.parameters(), *model.buffers()]
         adapter = 0 if recipe.adapter.config is None else _bytes(held) - base_bytes
         vocabulary = base.config.get_text_config().vocab_size
@@ -184,11 +184,31 @@ def footprint(
 
 def _trained(base: nn.Module, recipe: Recipe) -> nn.Module:
     """The base with its adapter, or with every weight trainable."""
-    if recipe.adapter.config is None:
-        return base.requires_grad_().train()
-    config = copy.deepcopy(recipe.adapter.config)
-    config.task_type = TaskType(recipe.model.task_type)
-    return model_class(config)(base, config, initialize=False).train()
+    config = recipe.adapter.config
+    model = base.requires_grad_() if config is None else adapted(base, config, recipe.model.task_type)
+    return model.train()
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Exchange tensors on the meta device, which have no attention kernel, for fake ones on the current device.
+
+    The adapter is attached before: its setting up copies and converts modules, which fake tensors do not support.
+    """
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+        return made[id(tensor)]
+
+    for module in model.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in tables:
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = fake(tensor)
 
 
 def _loss(model: Any, batch: BatchShape, settings: TrainingSection) -> Tensor:

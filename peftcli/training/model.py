@@ -72,7 +72,7 @@ class OpenedBase:
         """
         with _explained(self.section, self.facts), quiet_transformers():
             model = self.auto_class.from_config(
-                self.config, dtype=self.dtype, attn_implementation=self.section.attn_implementation
+                self.config, dtype=self.dtype, attn_implementation=_attention(self.section)
             )
         _name(model, self.section.name_or_path)
         if problems := list(_shape_problems(model, self.facts)):
@@ -148,7 +148,7 @@ def load_base(
             folder,
             config=base.config,
             dtype=base.dtype,
-            attn_implementation=model.attn_implementation,
+            attn_implementation=_attention(model),
             trust_remote_code=model.trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
@@ -192,6 +192,11 @@ def _read_config(facts: BaseFacts, trust_remote_code: bool) -> PreTrainedConfig:
         return CONFIG_MAPPING[model_type].from_dict(_cleaned(facts.config))
     except Exception as error:  # each model type checks in its own way
         raise InputError(f"is no config of a {model_type}: {printable(error)}", place=place) from error
+
+
+def _attention(section: ModelSection) -> str | None:
+    """What to ask transformers for: where nothing is, it takes `sdpa`, or `eager` for models that know no other."""
+    return None if section.attn_implementation == "sdpa" else section.attn_implementation
 
 
 def _cleaned(values: dict[str, Any]) -> dict[str, Any]:

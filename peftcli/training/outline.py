@@ -50,7 +50,7 @@ def outline(recipe: Recipe) -> Outline:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         linear = sum(isinstance(module, nn.Linear) for module in model.modules())
         if recipe.adapter.config is not None:
-            model = _adapted(model, recipe.adapter.config, recipe.model.task_type)
+            model = adapted(model, recipe.adapter.config, recipe.model.task_type)
     if training.loraplus_lr_ratio is not None:
         loraplus_groups(model, training.learning_rate, training.loraplus_lr_ratio)  # refuses adapters without lora_B
     return Outline(
@@ -62,7 +62,12 @@ def outline(recipe: Recipe) -> Outline:
     )
 
 
-def _adapted(model: nn.Module, config: PeftConfig, task_type: str) -> nn.Module:
+def adapted(model: nn.Module, config: PeftConfig, task_type: str) -> nn.Module:
+    """A model on the meta device with a recipe's adapter.
+
+    Raises:
+        InputError: the adapter does not fit; `field` names the recipe's.
+    """
     config = copy.deepcopy(config)
     config.task_type = TaskType(task_type)
     try:

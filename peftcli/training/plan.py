@@ -16,9 +16,11 @@ Against the peak resident size of `peft train` on SmolLM2-135M it was right with
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ import torch  # noqa: TID253
 
 from peftcli.data.collate import MULTIPLE
 from peftcli.data.tokens import TokenDataset
+from peftcli.errors import PeftCliError
 from peftcli.lazy import numpy as np
 from peftcli.recipe.schema import Recipe
 from peftcli.training.footprint import BatchShape, Footprint, footprint
@@ -48,7 +51,7 @@ class MemoryPlan:
 
     Attributes:
         device: `cpu`, `cuda:0`.
-        parts: None where the model can't be run without data; then `base` is all that is known.
+        parts: of the tensors.
         libraries: what the process holds besides tensors.
         allocator: what it holds of tensors that are gone.
         available: what is there; shared fairly between processes that share a device.
@@ -92,8 +95,10 @@ def plan_memory(
     *,
     processes: int = 1,
     device: torch.device | None = None,
-) -> MemoryPlan:
-    """What each process of a run will need.
+) -> MemoryPlan | None:
+    """What each process of a run will need; None for a model that can't be followed without data.
+
+    That is one whose course depends on values (routed experts, some of them), or an operation that knows no shapes.
 
     Args:
         recipe: the run.
@@ -109,7 +114,13 @@ def plan_memory(
     settings = recipe.training
     batch = heaviest_batch(train, settings.per_device_train_batch_size)
     held_out = heaviest_batch(evaluation, settings.per_device_eval_batch_size) if evaluation is not None else None
-    parts = footprint(recipe, batch, held_out, device=device)
+    try:
+        with _quiet_fake_tensors():
+            parts = footprint(recipe, batch, held_out, device=device)
+    except PeftCliError:
+        raise
+    except Exception:  # a run may do without its plan, and a model without data may stumble anywhere
+        return None
     on_cpu = device.type == "cpu"
     available = available_memory(device) // (processes if on_cpu else 1)
     allocator = kept_freed(parts.forward) if on_cpu and _has_old_glibc() else 0
@@ -146,6 +157,18 @@ def kept_freed(taken: int) -> int:
         kept += share * max(0.0, min(taken, limit) - below)
         below = limit
     return int(kept)
+
+
+@contextmanager
+def _quiet_fake_tensors() -> Iterator[None]:
+    """torch logs the traceback of an operation it can't follow, besides raising it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _has_old_glibc() -> bool:
