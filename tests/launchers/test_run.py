@@ -32,7 +32,10 @@ if how == "wait":
     while not got:
         time.sleep(0.05)
     time.sleep(0.5)  # a second signal would come now
-    (folder / f"stopped-{rank}.json").write_text(json.dumps(got))
+    (folder / f".stopped-{rank}.json").write_text(json.dumps(got))
+    os.replace(folder / f".stopped-{rank}.json", folder / f"stopped-{rank}.json")
+    while len(list(folder.glob("stopped-*"))) < world:
+        time.sleep(0.05)  # the launcher stops the others as soon as one leaves
     sys.exit(143)
 """
 
