@@ -72,7 +72,10 @@ class OpenedBase:
         """
         with _explained(self.section, self.facts), quiet_transformers():
             model = self.auto_class.from_config(
-                self.config, dtype=self.dtype, attn_implementation=_attention(self.section)
+                self.config,
+                dtype=self.dtype,
+                attn_implementation=_attention(self.section),
+                trust_remote_code=self.section.trust_remote_code,
             )
         _name(model, self.section.name_or_path)
         if problems := list(_shape_problems(model, self.facts)):

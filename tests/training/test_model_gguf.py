@@ -1,0 +1,196 @@
+"""GGUF files: converted once, exactly, whole or not at all; found in a package without importing it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from peftcli.errors import InputError, RunError
+from peftcli.recipe.schema import ModelSection
+from peftcli.training import gguf as conversion
+from peftcli.training.gguf import converted, package_file
+from peftcli.training.locate import resolve_base
+from peftcli.training.model import load_base, load_tokenizer
+
+from .tiny import VOCABULARY, tiny_llama
+
+gguf = pytest.importorskip("gguf")
+
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MERGED = "AB"
+TOKENS = [*CONTROL, *(chr(33 + index) for index in range(VOCABULARY - len(CONTROL) - 1)), MERGED]
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows as llama.cpp wants them for its way of rotating."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write(path: Path, model: Any) -> Path:
+    """A llama model as a GGUF file in float32, with a byte-level tokenizer and a chat template."""
+    config, names = model.config, {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    parts = {
+        **{f"self_attn.{letter}_proj": f"attn_{letter}" for letter in "qkv"},
+        **{"self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
+        **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
+    }
+    for layer in range(config.num_hidden_layers):
+        names |= {f"model.layers.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in parts.items()}
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3] * len(CONTROL) + [1] * (len(TOKENS) - len(CONTROL)))
+    writer.add_token_merges([" ".join(MERGED)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+    for name, tensor in model.state_dict().items():
+        module, weight = name.removesuffix(".weight"), tensor.numpy()
+        if module.endswith(("q_proj", "k_proj")):
+            heads = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
+            weight = permuted(weight, heads)
+        writer.add_tensor(f"{names[module]}.weight", np.ascontiguousarray(weight))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PEFTCLI_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "bases"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("gguf") / "tiny llama.gguf", tiny_llama())
+
+
+def test_a_file_becomes_the_same_model(file: Path) -> None:
+    section = ModelSection(name_or_path=str(file))
+    model, ids = load_base(section, device="cpu"), torch.arange(3, 11).view(1, 8)
+    assert model.dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, tiny_llama().eval()(ids).logits)
+    assert model.config.name_or_path == str(file)
+    assert model.generation_config.eos_token_id == 2
+
+
+def test_its_tokenizer_comes_along(file: Path) -> None:
+    tokenizer = load_tokenizer(ModelSection(name_or_path=str(file)))
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "AB"}], tokenize=False)
+    assert text == "<|im_start|>user: AB<|im_end|>"
+    ids = tokenizer("<|im_start|>ABBA<|im_end|>", add_special_tokens=False).input_ids
+    assert [TOKENS[index] for index in ids] == ["<|im_start|>", "AB", "B", "A", "<|im_end|>"]
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"  # its pad was its eos
+
+
+def test_it_is_converted_once(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = converted(file)
+    assert [path.name for path in cache.iterdir()] == [first.name] and first.name.startswith("tiny_llama-")
+    assert all(path.stat().st_mode & 0o777 == 0o666 & ~conversion._umask() for path in first.iterdir())
+    monkeypatch.setattr(conversion, "_convert", None)
+    assert converted(file) == resolve_base(str(file)) == first
+
+
+def test_another_file_is_another_model(file: Path, tmp_path: Path) -> None:
+    other = write(tmp_path / file.name, tiny_llama(seed=1))
+    assert converted(other) != converted(file)
+
+
+def test_of_two_processes_the_first_wins(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert = conversion._convert
+
+    def overtaken(source: Path, folder: Path) -> None:
+        convert(source, folder)
+        rival = cache / folder.name.removeprefix(".tmp-").rpartition("-")[0]
+        rival.mkdir()
+        (rival / "theirs").touch()
+
+    monkeypatch.setattr(conversion, "_convert", overtaken)
+    folder = converted(file)
+    assert [path.name for path in folder.iterdir()] == ["theirs"]
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+
+
+def test_what_fails_leaves_nothing_behind(file: Path, cache: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(InputError, match=r"broken.gguf: can't be read as a GGUF model"):
+        converted(broken)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_cache_that_can_not_be_written(file: Path, cache: Path) -> None:
+    cache.parent.mkdir()
+    cache.touch()
+    with pytest.raises(RunError, match="can't be written"):
+        converted(file)
+
+
+def test_no_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"PK\x03\x04")
+    with pytest.raises(InputError, match="is no GGUF file"):
+        resolve_base(str(tmp_path / "x.gguf"))
+
+
+# -- packages ---------------------------------------------------------------------------------------------------------
+
+
+def package(folder: Path, *files: str) -> None:
+    """A package that must not be imported."""
+    (folder / "a_model" / "data").mkdir(parents=True)
+    (folder / "a_model" / "__init__.py").write_text("raise AssertionError('imported')")
+    for file in files:
+        (folder / "a_model" / "data" / file).touch()
+
+
+def test_a_package_is_looked_into_and_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path, "one.gguf", "read.me")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert package_file("a_model") == package_file("a-model") == tmp_path / "a_model" / "data" / "one.gguf"
+    assert "a_model" not in sys.modules
+
+
+def test_a_package_with_several_lists_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path, "one.gguf", "two.gguf")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"(?s)holds 2 .gguf files.*one.gguf, .*two.gguf"):
+        package_file("a_model")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_model", "(?s)no installed Python package 'no_such_model'.*pip install"),
+        ("json", "json holds 0 .gguf files"),
+        ("os", "os holds 0 .gguf files"),
+        ("a_model.data", "no installed Python package"),
+        ("../a_model", "no installed Python package"),
+        ("", "no installed Python package"),
+    ],
+)
+def test_no_package_with_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
+    package(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=message):
+        resolve_base(f"package:{name}")
