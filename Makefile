@@ -20,7 +20,7 @@ demo: $(VENV)/demo
 		--metrics loss,exact_match --output out/quickstart/results.json --fail-under exact_match=0.8
 
 test: $(VENV)/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 
 test-slow: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
