@@ -1,0 +1,1 @@
+"""Benchmarks against PEFT and transformers' Trainer: `make bench`."""
