@@ -139,8 +139,9 @@ def test_eval_compares_base_and_adapter(place: Path, run: Path) -> None:
     results = json.loads((place / "results.json").read_text(encoding="utf-8"))
     rows = {row["metric"]: row for row in results["metrics"]}
     assert list(rows) == ["loss", "perplexity", "exact_match", "contains"]
-    assert rows["loss"]["tuned"] < rows["loss"]["base"] and rows["loss"]["n"] == len(ANSWERS)
-    assert [item["expected"] for item in results["items"]] == list(ANSWERS.values())
+    loss = rows["loss"]
+    assert loss["adapters"]["tuned"]["value"] < loss["base"]["value"] and loss["n"] == len(ANSWERS)
+    assert [item["expected"] for item in results["items"]] == [[answer] for answer in ANSWERS.values()]
     assert "exact_match" in shown.stdout and "Samples" in shown.stdout
     assert "samples were trained on" in shown.stderr
 

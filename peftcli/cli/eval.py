@@ -1,101 +1,147 @@
-"""`peft eval`: base and adapter side by side on held-out data."""
+"""`peft eval`: a base and its adapters side by side on held-out data."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftcli.cli import console
+from peftcli.cli import console, eval_screens
 from peftcli.errors import EXIT_FAILURE, InputError, printable
 
 if TYPE_CHECKING:
-    from peftcli.evaluation.compare import Comparison, Item, Progress, Row
+    from peftcli.evaluation.compare import Comparison, Progress
+    from peftcli.evaluation.metrics import Metric
+    from peftcli.evaluation.panel import Panel
 
-MAX_LOST = 5
-MAX_SAMPLES_SHOWN = 3
-MAX_TEXT = 160  # characters of a prompt or an answer on the screen
+DEFAULT_METRICS = "loss,perplexity"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for, beside adapters and metrics; named as on the command line."""
+
+    data: str | None
+    format: str | None
+    generate: bool
+    max_samples: int | None
+    max_new_tokens: int | None
+    batch_size: int
 
 
 def command(
-    adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER|RECIPE", help="Adapter or run folder, trained recipe, or hub id.")
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER|RECIPE...", help="Adapter or run folders, trained recipes, or hub ids."),
     ],
     data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Data to evaluate on; by default the run's own evaluation data.")
+        str | None, typer.Option(metavar="FILE", help="Data to evaluate on; by default what the run held out.")
     ] = None,
     metrics: Annotated[
-        str, typer.Option(metavar="NAMES", help="loss, perplexity, exact_match, contains; separated by commas.")
-    ] = "loss,perplexity",
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Separated by commas. Of tokens: loss, perplexity, token_accuracy. Of generated answers: exact_match, "
+            "contains, regex, rouge_l, f1, qa_em, qa_f1, stop_rate, repetition. Of answers as class names: accuracy, "
+            "macro_f1.",
+        ),
+    ] = DEFAULT_METRICS,
+    regex: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Adds the metric regex: the pattern is in the answer and, if it has a group, the group holds what it "
+            "holds in the expected answer.",
+        ),
+    ] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Show generated answers, whatever the metrics.")] = False,
     base: Annotated[str | None, typer.Option(help="Base to use instead of the one the adapter was trained on.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write everything as JSON.")
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write report.html, report.md with pictures, and results.json."),
+    ] = None,
     fail_under: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="Exit with 1 if the adapter is worse than this; may be given again."),
+        typer.Option(metavar="NAME=VALUE", help="Exit with 1 if an adapter is worse than this; may be given again."),
     ] = None,
     format: Annotated[str | None, typer.Option(help="Format of FILE, if not that of the training data.")] = None,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Evaluate on at most this many samples.")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest generated answer; by default a little over the longest expected.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers generated at a time.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch, all adapters together.")] = 32,
 ) -> int:
-    """Compare a base model with its adapter: one run, the adapter switched off for the base's turn."""
-    from peftcli.evaluation.metrics import find
-    from peftcli.evaluation.subject import find_subject
+    """Compare a base model with its adapters, all in one run on the same samples.
 
-    thresholds = dict(_threshold(text) for text in fail_under or [])
-    names = list(dict.fromkeys([*(name.strip() for name in metrics.split(",")), *thresholds]))
-    for name in names:
-        find(name, "--metrics")
+    The base is loaded once. Rows of several adapters share a batch where their methods allow it. The table shows each
+    adapter's difference from the base with its standard error, and p, how often chance alone would make one as large: by an
+    exact sign test where answers are right or wrong, by a paired t test elsewhere.
+
+    peft eval out/sql
+
+    peft eval out/lora out/dora --data test.jsonl --metrics loss,exact_match,rouge_l --report out/report
+
+    peft eval out/sql --data test.jsonl --fail-under exact_match=0.6
+    """
+    from peftcli.evaluation.panel import gather
+
+    wanted, thresholds = _metrics(metrics, regex, fail_under or [])
     if output is not None and not output.parent.is_dir():
         raise InputError("there is no such folder", place=output.parent, field="--output")
-    subject = find_subject(adapter, base)
-    console.note(f"base {subject.model.name_or_path}")
+    if report is not None:
+        from peftcli.report.folder import require_usable
 
-    from peftcli.evaluation.compare import compare
-
-    tokenizer = subject.tokenizer()
-    samples, warnings = subject.data(tokenizer, data, format=format, max_samples=max_samples)
-    for warning in warnings:
-        console.note(f"warning: {warning}")
-    with _progress() as progress:
-        comparison = compare(
-            subject.load(),
-            tokenizer,
-            samples,
-            names,
-            generated=generate,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            bf16=subject.bf16,
-            progress=progress,
-        )
+        require_usable(report)
+    panel = gather(adapters, base)
+    console.note(f"base {panel.base}")
+    options = Options(data, format, generate, max_samples, max_new_tokens, batch_size)
+    comparison, samples = _compare(panel, wanted, options)
+    results = {
+        "base": panel.base,
+        "adapters": {column: str(subject.adapter) for column, subject in panel.subjects.items()},
+        "data": data or "held out by the run",
+        "samples": samples,
+        **comparison.to_dict(),
+    }
     if output is not None:
-        about = {"adapter": str(subject.adapter), "base": subject.model.name_or_path, "data": data}
-        _write(output, {**about, "samples": len(samples), **comparison.to_dict()})
-    _show(comparison)
+        from peftcli.report.folder import write_json
+
+        write_json(output, results)
+    eval_screens.show(comparison)
+    if report is not None:
+        from peftcli.report.evaluation import write_report
+
+        console.say(f"report  {write_report(report, comparison, results, wanted)}")
     missed = comparison.missed(thresholds)
     for sentence in missed:
         console.fail(sentence)
     return EXIT_FAILURE if missed else 0
 
 
-def _threshold(text: str) -> tuple[str, float]:
+def _metrics(names: str, pattern: str | None, fail_under: list[str]) -> tuple[dict[str, Metric], dict[str, float]]:
+    """Metrics and thresholds by name; a metric that only has a threshold is computed, too."""
+    from peftcli.evaluation.metrics import REGEX, find, known_metrics
+
+    known = known_metrics(pattern)
+    thresholds = dict(_threshold(text, known) for text in fail_under)
+    listed = [name.strip() for name in names.split(",")] + ([REGEX] if pattern is not None else [])
+    return {name: find(name, "--metrics", known) for name in [*listed, *thresholds]}, thresholds
+
+
+def _threshold(text: str, known: dict[str, Metric]) -> tuple[str, float]:
     """`exact_match=0.6` taken apart."""
     from peftcli.evaluation.metrics import find
 
     name, _, number = text.partition("=")
-    find(name, "--fail-under")
+    find(name, "--fail-under", known)
     try:
         value = float(number)
     except ValueError:
@@ -105,61 +151,43 @@ def _threshold(text: str) -> tuple[str, float]:
     return name, value
 
 
+def _compare(panel: Panel, metrics: dict[str, Metric], options: Options) -> tuple[Comparison, int]:
+    """What came out, and over how many samples."""
+    from peftcli.evaluation.compare import compare
+
+    tokenizer = panel.first.tokenizer()
+    samples, warnings = panel.data(tokenizer, options.data, format=options.format, max_samples=options.max_samples)
+    for warning in warnings:
+        console.note(f"warning: {warning}")
+    with _progress() as progress:
+        comparison = compare(
+            panel.bench(),
+            tokenizer,
+            samples,
+            metrics,
+            generated=options.generate,
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size,
+            bf16=panel.bf16,
+            progress=progress,
+        )
+    for note in comparison.notes:
+        console.note(note)
+    return comparison, len(samples)
+
+
 @contextmanager
 def _progress() -> Iterator[Progress]:
     """A bar on a terminal's stderr; silent elsewhere."""
-    from rich.console import Console
     from rich.progress import Progress as Bar
 
-    screen = Console(stderr=True)
+    screen = console.err()
     with Bar(console=screen, transient=True, disable=not screen.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
         def update(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
+                tasks[what] = bar.add_task(printable(what), total=total)
             bar.update(tasks[what], completed=done)
 
         yield update
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    """The file appears whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
-
-
-def _show(comparison: Comparison) -> None:
-    console.table(("metric", "n", "base", "tuned", "delta"), [_cells(row) for row in comparison.rows])
-    if comparison.lost:
-        shown = f", the first {MAX_LOST}" if len(comparison.lost) > MAX_LOST else ""
-        console.say(f"The base had right and the adapter has wrong: {len(comparison.lost)}{shown}", style="bold")
-        _show_items(comparison.lost[:MAX_LOST])
-    if comparison.items:
-        console.say("Samples", style="bold")
-        _show_items(comparison.items[:MAX_SAMPLES_SHOWN])
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    def number(value: float, sign: str = "") -> str:
-        return f"{value:{sign}.4f}" if abs(value) < 1000 else f"{value:{sign}.4g}"
-
-    delta = f"{number(row.delta.value, '+')} ± {number(row.delta.standard_error)}"
-    return row.metric, str(row.count), number(row.base.value), number(row.tuned.value), delta
-
-
-def _show_items(items: list[Item]) -> None:
-    for item in items:
-        texts = {"question": item.question, "expected": item.expected, "base": item.base, "tuned": item.tuned}
-        for name, text in texts.items():
-            console.say(f"  {name:<8}  {_one_line(text, from_end=name == 'question')}")
-        console.say()
-
-
-def _one_line(text: str, from_end: bool) -> str:
-    """A text on one line; of a long prompt the end is shown, of a long answer the beginning."""
-    line = " ".join(text.split())
-    if len(line) <= MAX_TEXT:
-        return line
-    return f"...{line[-MAX_TEXT:]}" if from_end else f"{line[:MAX_TEXT]}..."

@@ -1,26 +1,28 @@
-"""A base and its adapter on the same data, in one model: the adapter is switched off for the base's turn."""
+"""A base and its adapters on the same data: values, differences, and what each wrote."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from peftcli.data.report import choose_pad
 from peftcli.errors import InputError
-from peftcli.evaluation import metrics as known
 from peftcli.evaluation.answers import Answer, answers, end_tokens
+from peftcli.evaluation.bench import BASE_COLUMN, Bench
+from peftcli.evaluation.estimates import Estimate, mean
 from peftcli.evaluation.generate import StepProgress, generate
-from peftcli.evaluation.metrics import Estimate, TokenScores, plain
-from peftcli.lazy import numpy as np
-from peftcli.lazy import torch
+from peftcli.evaluation.metrics import Metric, TokenScores, Written, plain
+from peftcli.evaluation.score import score_tokens
+from peftcli.evaluation.significance import PairedTest, paired_test
 
 if TYPE_CHECKING:
     from peftcli.data.tokens import TokenDataset
 
 MIN_EXTRA_TOKENS = 16
 """How much longer than the longest expected answer a generated one may get, unless told otherwise."""
+WRONG = 0.5
+"""An answer with a score below this is wrong; one with 1 is right."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done, how much of it, and out of how much."""
@@ -28,78 +30,132 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of base and adapter over `count` tokens' samples or answers."""
+    """One metric over `count` samples or answers.
+
+    Args:
+        base: the base's.
+        adapters: each adapter's, by its column.
+    """
 
     metric: str
+    higher_is_better: bool
     count: int
     base: Estimate
-    tuned: Estimate
+    adapters: dict[str, Estimate]
 
-    @property
-    def delta(self) -> Estimate:
-        return self.tuned - self.base
+    def delta(self, column: str) -> Estimate:
+        return self.adapters[column] - self.base
+
+    def test(self, column: str) -> PairedTest:
+        return paired_test(self.adapters[column], self.base)
 
     def to_dict(self) -> dict[str, Any]:
-        numbers = {"base": self.base, "tuned": self.tuned, "delta": self.delta}
-        values = {name: plain(estimate.value) for name, estimate in numbers.items()}
-        errors = {f"{name}_standard_error": plain(estimate.standard_error) for name, estimate in numbers.items()}
-        return {"metric": self.metric, "n": self.count, **values, **errors}
+        return {
+            "metric": self.metric,
+            "higher_is_better": self.higher_is_better,
+            "n": self.count,
+            "base": _numbers(self.base),
+            "adapters": {column: self._beside_base(column) for column in self.adapters},
+        }
+
+    def _beside_base(self, column: str) -> dict[str, Any]:
+        delta, test = self.delta(column), self.test(column)
+        return {
+            **_numbers(self.adapters[column]),
+            "delta": plain(delta.value),
+            "delta_standard_error": plain(delta.standard_error),
+            "p": plain(test.p),
+            "test": test.name,
+            **({} if test.gained is None else {"gained": test.gained, "lost": test.lost}),
+        }
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question with what was expected and what both wrote.
+    """One question with what was expected and what everyone wrote.
 
     Args:
-        prompt: what the model was given, control tokens and all.
+        sample: its index in the data.
+        prompt: what the models were given, control tokens and all.
         question: the same without them, for people.
-        base_scores, tuned_scores: by metric of answers, 0 to 1.
+        expected: the answers that are right.
+        answers: by column, the base's among them.
+        scores: by column, then by metric, how right the answer is, 0 to 1.
+        writing: by column, then by metric, what is measured of the answer whether it is right or not.
     """
 
+    sample: int
     prompt: str
     question: str
-    expected: str
-    base: str
-    tuned: str
-    base_scores: dict[str, float]
-    tuned_scores: dict[str, float]
+    expected: list[str]
+    answers: dict[str, str]
+    scores: dict[str, dict[str, float]]
+    writing: dict[str, dict[str, float]]
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether the base was better by some metric."""
-        return any(self.base_scores[name] > score for name, score in self.tuned_scores.items())
+    def is_lost(self, column: str) -> bool:
+        """Whether the base had it right and an adapter has it wrong, by some metric."""
+        return self._only(BASE_COLUMN, column)
+
+    def is_gained(self, column: str) -> bool:
+        """The other way round."""
+        return self._only(column, BASE_COLUMN)
+
+    def _only(self, right: str, wrong: str) -> bool:
+        return any(score == 1 and self.scores[wrong][name] < WRONG for name, score in self.scores[right].items())
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found; `items` is empty where nothing was generated."""
+    """What `compare` found; `items` is empty where nothing was generated.
 
+    Args:
+        columns: the adapters', in order.
+        losses: loss per label of each sample, by column, where tokens were scored.
+        notes: what a reader should know about how it was done.
+    """
+
+    columns: tuple[str, ...]
     rows: list[Row]
     items: list[Item]
+    losses: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
-    @property
-    def lost(self) -> list[Item]:
+    def lost(self, column: str) -> list[Item]:
         """Items the base had right and the adapter wrong."""
-        return [item for item in self.items if item.is_lost]
+        return [item for item in self.items if item.is_lost(column)]
 
-    def missed(self, thresholds: dict[str, float]) -> list[str]:
-        """A sentence for each threshold that the adapter does not reach."""
-        by_name = {row.metric: row.tuned.value for row in self.rows}
-        return [
-            f"{name} is {by_name[name]:.4g}, not {'at least' if known.METRICS[name].higher_is_better else 'at most'} {threshold:g}"
-            for name, threshold in thresholds.items()
-            if not known.METRICS[name].reaches(by_name[name], threshold)
-        ]
+    def gained(self, column: str) -> list[Item]:
+        """Items the adapter has right and the base had wrong."""
+        return [item for item in self.items if item.is_gained(column)]
+
+    def missed(self, thresholds: Mapping[str, float]) -> list[str]:
+        """A sentence for each threshold that an adapter does not reach."""
+        return list(self._missed(thresholds))
+
+    def _missed(self, thresholds: Mapping[str, float]) -> Iterator[str]:
+        rows = {row.metric: row for row in self.rows}
+        for name, threshold in thresholds.items():
+            row = rows[name]
+            bound = "at least" if row.higher_is_better else "at most"
+            for column, estimate in row.adapters.items():
+                value = estimate.value
+                if not (value >= threshold if row.higher_is_better else value <= threshold):
+                    of = f" of {column}" if len(self.columns) > 1 else ""
+                    yield f"{name}{of} is {value:.4g}, not {bound} {threshold:g}"
 
     def to_dict(self) -> dict[str, Any]:
-        return {"metrics": [row.to_dict() for row in self.rows], "items": [vars(item) for item in self.items]}
+        return {
+            "notes": self.notes,
+            "metrics": [row.to_dict() for row in self.rows],
+            "items": [vars(item) for item in self.items],
+        }
 
 
 def compare(
-    model: Any,
+    bench: Bench,
     tokenizer: Any,
     data: TokenDataset,
-    metrics: Sequence[str],
+    metrics: Mapping[str, Metric],
     *,
     generated: bool = False,
     max_new_tokens: int | None = None,
@@ -107,24 +163,26 @@ def compare(
     bf16: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Measure base and adapter.
+    """Measure a causal language model and its adapters.
 
     Args:
-        model: a PeftModel of a causal language model; it comes back in eval mode.
+        bench: base and adapters.
         tokenizer: the one `data` was tokenised with.
         data: at least one sample.
-        metrics: names in `peftcli.evaluation.metrics.METRICS`.
+        metrics: by name.
         generated: generate answers although no metric needs them.
         max_new_tokens: of a generated answer; by default the longest expected answer and a little more.
-        batch_size: prompts generated for at a time.
+        batch_size: rows of a batch at most.
         bf16: score under bfloat16 autocast, as training with `bf16: true` does.
         progress: told how far it got.
 
     Raises:
-        InputError: an unknown metric, or one of answers on data without answers.
+        InputError: a metric of answers on data without answers.
     """
-    chosen = {name: known.find(name, "metrics") for name in dict.fromkeys(metrics)}
-    asked = [name for name, metric in chosen.items() if metric.needs_answers]
+    for name, metric in metrics.items():
+        if metric.of_spans is not None:
+            raise InputError("is a metric of token labels, which a language model does not give", field=name)
+    asked = [name for name, metric in metrics.items() if metric.needs_answers]
     found = answers(data) if asked or generated else []
     if (asked or generated) and not found:
         raise InputError(
@@ -132,80 +190,94 @@ def compare(
             place=", ".join(asked) or None,
             fix="use data with prompts and answers (loss_on: assistant), or the metrics loss, perplexity",
         )
-    model.eval()
     pad = choose_pad(tokenizer)
-    stop = end_tokens(found, tokenizer)
     limit = max_new_tokens or max((len(answer.expected) for answer in found), default=0) + MIN_EXTRA_TOKENS
-    scores, texts = {}, {}
-    for side, switch in (("base", model.disable_adapter), ("tuned", nullcontext)):
-        with switch():
-            if len(asked) < len(chosen):
-                scores[side] = score_tokens(model, data, pad, bf16=bf16, progress=_named(progress, f"{side}: scoring"))
-            if found:
-                written = generate(
-                    model,
-                    [answer.prompt for answer in found],
-                    end_tokens=stop,
-                    pad_token_id=pad,
-                    max_new_tokens=limit,
-                    batch_size=batch_size,
-                    progress=_named(progress, f"{side}: answering"),
-                )
-                texts[side] = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
-    items = _items(found, texts, tokenizer, asked) if found else []
-    return Comparison([_row(name, metric, scores, items) for name, metric in chosen.items()], items)
+    scores: dict[str, TokenScores] = {}
+    written: dict[str, list[Written]] = {}
+    for turn in bench.turns():
+        who = ", ".join(turn.columns)
+        rows: dict[str, Any] = {"adapters": turn.adapters, "batch_size": batch_size}
+        if len(asked) < len(metrics):
+            step = _named(progress, f"{who}: scoring")
+            scored = score_tokens(turn.model, data, pad, bf16=bf16, progress=step, **rows)
+            scores |= zip(turn.columns, scored, strict=True)
+        if found:
+            texts = generate(
+                turn.model,
+                [answer.prompt for answer in found],
+                end_tokens=end_tokens(found, tokenizer),
+                pad_token_id=pad,
+                max_new_tokens=limit,
+                tasks=None if data.tasks is None else [int(data.tasks[answer.sample]) for answer in found],
+                progress=_named(progress, f"{who}: answering"),
+                **rows,
+            )
+            written |= zip(turn.columns, texts, strict=True)
+    columns = bench.columns
+    items = _items(found, {column: written[column] for column in columns}, tokenizer, metrics) if found else []
+    rows_found = [
+        make_row(name, metric, {column: _estimate(name, metric, column, scores, items) for column in columns})
+        for name, metric in metrics.items()
+    ]
+    losses = {column: scores[column].losses / scores[column].counts for column in columns if column in scores}
+    notes = [f"{column} is measured by itself: {reason}" for column, reason in bench.alone.items()]
+    return Comparison(columns[1:], rows_found, items, losses, notes if len(columns) > 2 else [])
 
 
-def score_tokens(
-    model: Any,
-    data: TokenDataset,
-    pad_token_id: int,
-    *,
-    bf16: bool = False,
-    progress: StepProgress | None = None,
-) -> TokenScores:
-    """The loss of every sample; one sample a forward pass, since errors need each sample's own loss."""
-    from peftcli.training.batches import to_batch
-    from peftcli.training.losses import CausalLMLoss
-
-    loss = CausalLMLoss(model, bf16=bf16)
-    losses = np.zeros(len(data))
-    with torch.no_grad():
-        for index in range(len(data)):
-            batch = to_batch(data, [index], pad_token_id, model.device)
-            losses[index] = float(loss(batch, score=True)[0])
-            if progress is not None:
-                progress(index + 1, len(data))
-    return TokenScores(losses, data.label_counts)
-
-
-def _items(found: list[Answer], texts: dict[str, list[str]], tokenizer: Any, asked: list[str]) -> list[Item]:
+def _items(
+    found: list[Answer], written: dict[str, list[Written]], tokenizer: Any, metrics: Mapping[str, Metric]
+) -> list[Item]:
     items = []
-    for answer, base, tuned in zip(found, texts["base"], texts["tuned"], strict=True):
-        expected = tokenizer.decode(answer.expected.tolist(), skip_special_tokens=True)
-        score = {name: known.METRICS[name].of_answer for name in asked}
+    for index, answer in enumerate(found):
+        own = {column: texts[index] for column, texts in written.items()}
+        expected = [tokenizer.decode(answer.expected.tolist(), skip_special_tokens=True)]
+        texts = {column: tokenizer.decode(one.tokens, skip_special_tokens=True) for column, one in own.items()}
         items.append(
             Item(
+                sample=answer.sample,
                 prompt=tokenizer.decode(answer.prompt.tolist()),
                 question=tokenizer.decode(answer.prompt.tolist(), skip_special_tokens=True),
                 expected=expected,
-                base=base,
-                tuned=tuned,
-                base_scores={name: function(base, expected) for name, function in score.items() if function},
-                tuned_scores={name: function(tuned, expected) for name, function in score.items() if function},
+                answers=texts,
+                scores={column: _judged(text, expected, metrics) for column, text in texts.items()},
+                writing={
+                    column: {name: metric.of_writing(one) for name, metric in metrics.items() if metric.of_writing}
+                    for column, one in own.items()
+                },
             )
         )
     return items
 
 
-def _row(name: str, metric: known.Metric, scores: dict[str, TokenScores], items: list[Item]) -> Row:
+def _judged(text: str, expected: list[str], metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """How right an answer is, by each metric that has a say; of several expected answers the best counts."""
+    found = {}
+    for name, metric in metrics.items():
+        if metric.of_answer is not None:
+            found[name] = max(metric.of_answer(text, one) for one in expected)
+        elif metric.of_labels is not None:
+            found[name] = float(text.strip() == expected[0].strip())
+    return found
+
+
+def _estimate(name: str, metric: Metric, column: str, scores: dict[str, TokenScores], items: list[Item]) -> Estimate:
     if metric.of_tokens is not None:
-        return Row(
-            name, len(scores["base"].counts), metric.of_tokens(scores["base"]), metric.of_tokens(scores["tuned"])
-        )
-    base = known.mean([item.base_scores[name] for item in items])
-    tuned = known.mean([item.tuned_scores[name] for item in items])
-    return Row(name, len(items), base, tuned)
+        return metric.of_tokens(scores[column])
+    if metric.of_labels is not None:
+        predicted = [item.answers[column].strip() for item in items]
+        return metric.of_labels(predicted, [item.expected[0].strip() for item in items])
+    return mean([(item.writing if metric.of_writing else item.scores)[column][name] for item in items])
+
+
+def make_row(name: str, metric: Metric, found: Mapping[str, Estimate]) -> Row:
+    """A metric's row from the estimate of every column."""
+    base = found[BASE_COLUMN]
+    adapters = {column: estimate for column, estimate in found.items() if column != BASE_COLUMN}
+    return Row(name, metric.higher_is_better, len(base.influence), base, adapters)
+
+
+def _numbers(estimate: Estimate) -> dict[str, Any]:
+    return {"value": plain(estimate.value), "standard_error": plain(estimate.standard_error)}
 
 
 def _named(progress: Progress | None, what: str) -> StepProgress | None:

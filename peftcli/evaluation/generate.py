@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from peftcli.evaluation.metrics import Written
 from peftcli.lazy import numpy as np
 from peftcli.lazy import torch
 
@@ -23,8 +24,10 @@ def generate(
     pad_token_id: int,
     max_new_tokens: int,
     batch_size: int,
+    adapters: Sequence[str] | None = None,
+    tasks: Sequence[int] | None = None,
     progress: StepProgress | None = None,
-) -> list[list[int]]:
+) -> list[list[Written]]:
     """What a model writes after each prompt, always taking the likeliest token.
 
     Prompts are padded on the left, as a decoder needs it, and batched by length, so little is padded.
@@ -35,25 +38,33 @@ def generate(
         end_tokens: generation of a row ends with any of them.
         pad_token_id: fills up; told from a prompt's own tokens by position.
         max_new_tokens: a row ends there at the latest.
-        batch_size: prompts at a time.
+        batch_size: rows at a time, all adapters together; never less than one prompt.
+        adapters: names in the model, each of which answers every prompt, all in one batch; None: the model as it stands.
+        tasks: the task of each prompt, for adapters that learn several.
         progress: told how many prompts are done, and of how many.
 
     Returns:
-        the new tokens of each prompt, in the order given, without the end token and what follows it.
+        by adapter (one, if there are none), what is written after each prompt in the order given.
     """
+    columns = len(adapters or [""])
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    written: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        batch = _pad_left([prompts[index] for index in indices], pad_token_id)
+    written: list[list[Written]] = [[Written([], False)] * len(prompts) for _ in range(columns)]
+    size = max(1, batch_size // columns)
+    for start in range(0, len(order), size):
+        indices = order[start : start + size]
+        batch = _pad_left([prompts[index] for index in indices for _ in range(columns)], pad_token_id)
+        if tasks is not None:
+            batch["task_ids"] = np.repeat([tasks[index] for index in indices], columns)
+        more = {} if adapters is None else {"adapter_names": [*adapters] * len(indices)}
         width = batch["input_ids"].shape[1]
         with torch.no_grad():
             outputs = model.generate(
                 **{name: torch.from_numpy(column).to(model.device) for name, column in batch.items()},
+                **more,
                 generation_config=_greedy(end_tokens, pad_token_id, max_new_tokens),
             )
-        for index, row in zip(indices, outputs[:, width:].tolist(), strict=True):
-            written[index] = _until(row, end_tokens)
+        for row, tokens in enumerate(outputs[:, width:].tolist()):
+            written[row % columns][indices[row // columns]] = _until(tokens, end_tokens)
         if progress is not None:
             progress(start + len(indices), len(order))
     return written
@@ -82,7 +93,7 @@ def _pad_left(prompts: Sequence[NDArray[np.int32]], pad_token_id: int) -> dict[s
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def _until(tokens: list[int], end_tokens: list[int]) -> list[int]:
+def _until(tokens: list[int], end_tokens: list[int]) -> Written:
     """The tokens before the first end token."""
-    end = next((index for index, token in enumerate(tokens) if token in end_tokens), len(tokens))
-    return tokens[:end]
+    end = next((index for index, token in enumerate(tokens) if token in end_tokens), None)
+    return Written(tokens, False) if end is None else Written(tokens[:end], True)

@@ -1,95 +1,80 @@
-"""Metrics as estimates with standard errors, so that a difference can be told from chance.
-
-A metric gives a value and each sample's influence on it: the first-order change of the value that is due to that
-sample. The standard error follows from the influences alone, also for ratios (loss per token) and functions of them
-(perplexity), and the error of base against adapter from the differences of their influences: both saw the same
-samples, so the comparison is paired.
-"""
+"""The metrics of `peft eval`, by name."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peftcli.errors import InputError, nearest, printable
-from peftcli.lazy import numpy as np
+from peftcli.evaluation import estimates, texts
+from peftcli.evaluation.estimates import Estimate, exponential, ratio
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A metric's value over a data set.
-
-    Args:
-        value: the metric.
-        influence: [n] float64, by sample; they add up to zero.
-    """
-
-    value: float
-    influence: NDArray[np.float64]
-
-    @property
-    def standard_error(self) -> float:
-        """Standard error of the value; NaN for a single sample, which says nothing about spread."""
-        count = len(self.influence)
-        return math.sqrt(count / (count - 1) * float(np.square(self.influence).sum())) if count > 1 else math.nan
-
-    def __sub__(self, other: Estimate) -> Estimate:
-        """The difference of two estimates over the same samples."""
-        return Estimate(self.value - other.value, self.influence - other.influence)
-
-
-def ratio(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
-    """Sum over sum: the mean loss of all tokens from the losses and token counts of samples (Cochran 1977, ch. 6)."""
-    above, below = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
-    value = above.sum() / below.sum()
-    return Estimate(float(value), (above - value * below) / below.sum())
-
-
-def mean(values: Sequence[float]) -> Estimate:
-    return ratio(values, np.ones(len(values)))
-
-
-def exponential(estimate: Estimate) -> Estimate:
-    """`exp` of an estimate by the delta method; capped where it would overflow."""
-    value = math.exp(min(estimate.value, 700.0))
-    return Estimate(value, value * estimate.influence)
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What a model made of the learnt tokens, by sample.
+    """What a model made of the labels, by sample.
 
     Args:
         losses: [n] float64, summed negative log-likelihoods in nats.
-        counts: [n] int64, learnt tokens.
+        counts: [n] int64, labels: learnt tokens, or one for each sample that is classified.
+        correct: [n] int64, labels that the model ranks first.
     """
 
     losses: NDArray[np.float64]
     counts: NDArray[np.int64]
+    correct: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Written:
+    """One generated answer.
+
+    Args:
+        tokens: without the one that ended it.
+        stopped: whether a token ended it, and not the limit of its length.
+    """
+
+    tokens: list[int]
+    stopped: bool
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric, over tokens (from their likelihoods) or over answers (from generated text).
+    """One metric; exactly one of the functions is given, and says what it is computed from.
 
     Args:
         higher_is_better: the good direction.
-        of_tokens: the estimate from the token scores; None for a metric of answers.
-        of_answer: 0 to 1 for one answer from (generated, expected); None for a metric of tokens.
+        meaning: a few words for people.
+        of_tokens: the estimate from the scores of labels.
+        of_answer: 0 to 1 for one answer from (generated, expected); of several expected answers the best counts.
+        of_writing: 0 to 1 for one generated answer, whatever was expected.
+        of_labels: the estimate from (predicted, expected) labels; a language model's are its answers.
+        of_spans: the estimate from (predicted, expected) lists of token labels.
     """
 
     higher_is_better: bool
+    meaning: str
     of_tokens: Callable[[TokenScores], Estimate] | None = None
     of_answer: Callable[[str, str], float] | None = None
+    of_writing: Callable[[Written], float] | None = None
+    of_labels: Callable[[Sequence[Hashable], Sequence[Hashable]], Estimate] | None = None
+    of_spans: Callable[[Sequence[Sequence[str]], Sequence[Sequence[str]]], Estimate] | None = None
 
     @property
     def needs_answers(self) -> bool:
-        return self.of_answer is not None
+        """Whether a language model has to write answers for it."""
+        return not (self.of_tokens or self.of_spans)
+
+    @property
+    def is_scored_by_item(self) -> bool:
+        """Whether each answer has a score of its own."""
+        return bool(self.of_answer or self.of_writing)
 
     def reaches(self, value: float, threshold: float) -> bool:
         """Whether `value` is at least as good as `threshold`; NaN never is."""
@@ -97,7 +82,7 @@ class Metric:
 
 
 def loss(scores: TokenScores) -> Estimate:
-    """Mean negative log-likelihood of a learnt token, in nats."""
+    """Mean negative log-likelihood of a label, in nats."""
     return ratio(scores.losses, scores.counts)
 
 
@@ -106,38 +91,62 @@ def perplexity(scores: TokenScores) -> Estimate:
     return exponential(loss(scores))
 
 
-def exact_match(generated: str, expected: str) -> float:
-    """Whether the answer is the expected one, blanks around it aside."""
-    return float(generated.strip() == expected.strip())
-
-
-def contains(generated: str, expected: str) -> float:
-    """Whether the expected answer stands somewhere in the generated one."""
-    return float(expected.strip() in generated)
+def token_accuracy(scores: TokenScores) -> Estimate:
+    """The share of labels that the model ranks first, given everything before them."""
+    return ratio(scores.correct, scores.counts)
 
 
 METRICS = {
-    "loss": Metric(higher_is_better=False, of_tokens=loss),
-    "perplexity": Metric(higher_is_better=False, of_tokens=perplexity),
-    "exact_match": Metric(higher_is_better=True, of_answer=exact_match),
-    "contains": Metric(higher_is_better=True, of_answer=contains),
+    "loss": Metric(False, "negative log-likelihood of a learnt token", of_tokens=loss),
+    "perplexity": Metric(False, "exp(loss)", of_tokens=perplexity),
+    "token_accuracy": Metric(True, "learnt tokens ranked first", of_tokens=token_accuracy),
+    "exact_match": Metric(True, "answers that are the expected one", of_answer=texts.exact_match),
+    "contains": Metric(True, "answers with the expected one in them", of_answer=texts.contains),
+    "rouge_l": Metric(True, "ROUGE-L: F1 of the longest common run of words", of_answer=texts.rouge_l),
+    "f1": Metric(True, "F1 of the words shared", of_answer=texts.token_f1),
+    "qa_em": Metric(True, "SQuAD's exact match", of_answer=texts.qa_em),
+    "qa_f1": Metric(True, "SQuAD's F1 of words", of_answer=texts.qa_f1),
+    "accuracy": Metric(True, "labels that are right", of_labels=estimates.accuracy),
+    "macro_f1": Metric(True, "mean F1 of the classes", of_labels=estimates.macro_f1),
+    "span_f1": Metric(True, "F1 of spans, as in seqeval", of_spans=estimates.span_f1),
+    "stop_rate": Metric(True, "answers that end by themselves", of_writing=lambda answer: float(answer.stopped)),
+    "repetition": Metric(
+        False, "runs of four tokens that come again", of_writing=lambda answer: texts.repetition(answer.tokens)
+    ),
 }
+REGEX = "regex"
+"""The metric that a pattern makes."""
 
 
-def find(name: str, field: str) -> Metric:
+def known_metrics(pattern: str | None = None, field: str = "--regex") -> dict[str, Metric]:
+    """Every metric by name, `regex` among them if there is a pattern.
+
+    Raises:
+        InputError: the pattern is no regular expression.
+    """
+    if pattern is None:
+        return METRICS
+    score = texts.pattern_match(pattern, field)
+    return {**METRICS, REGEX: Metric(True, f"answers with {printable(pattern, 60)}", of_answer=score)}
+
+
+def find(name: str, field: str, known: dict[str, Metric] | None = None) -> Metric:
     """The metric of that name.
 
     Raises:
         InputError: there is none; names `field` and those there are.
     """
-    if name not in METRICS:
+    known = known or METRICS
+    if name == REGEX and name not in known:
+        raise InputError("the metric regex needs a pattern", field=field, fix="give it: --regex PATTERN")
+    if name not in known:
         raise InputError(
             f"{printable(repr(name))} is not a metric",
             field=field,
-            allowed=", ".join(METRICS),
-            fix=str(nearest(name, METRICS)) or None,
+            allowed=", ".join([*METRICS, REGEX]),
+            fix=str(nearest(name, [*METRICS, REGEX])) or None,
         )
-    return METRICS[name]
+    return known[name]
 
 
 def plain(value: float) -> Any:

@@ -51,13 +51,6 @@ class Subject:
 
         return load_tokenizer(self.model)
 
-    def load(self) -> Any:
-        """The base with its adapter, a PeftModel in eval mode."""
-        from peftcli import PeftModel
-        from peftcli.training.model import load_base
-
-        return PeftModel.from_pretrained(load_base(self.model, self.quantization), self.adapter)
-
     def data(
         self, tokenizer: Any, path: str | None, *, format: str | None = None, max_samples: int | None = None
     ) -> tuple[TokenDataset, list[str]]:
@@ -86,17 +79,17 @@ class Subject:
         section = self._section(path, format, max_samples)
         with tempfile.TemporaryDirectory(prefix="peft-eval-") as folder:
             found = prepare(section, tokenizer, folder=Path(folder), seed=0)
-        return found.train, [*found.report.warnings, *self._overlap(found.train)]
+        return found.train, [*found.report.warnings, *self.overlap(found.train)]
 
-    def _overlap(self, data: TokenDataset) -> Iterator[str]:
+    def has_held_out(self, data: TokenDataset) -> bool:
+        """Whether every sample of `data` was held out by the run that trained the adapter."""
+        return self.run is not None and all(_known_to(data, self.run / EVAL_DATA))
+
+    def overlap(self, data: TokenDataset) -> Iterator[str]:
         """A warning if the adapter was trained on some of `data`."""
-        from peftcli.data.tokens import TokenDataset
-
-        if self.run is None or not (self.run / TRAIN_DATA).is_file():
+        if self.run is None:
             return
-        trained = TokenDataset.load(self.run / TRAIN_DATA)
-        known = {trained[index][0].tobytes() for index in range(len(trained))}
-        if count := sum(data[index][0].tobytes() in known for index in range(len(data))):
+        if count := sum(_known_to(data, self.run / TRAIN_DATA)):
             yield f"{count} of {len(data)} samples were trained on: the adapter will look better than it is"
 
     def _section(self, path: str, format: str | None, max_samples: int | None) -> DataSection:
@@ -115,6 +108,17 @@ class Subject:
         if trained is None:
             return DataSection(train=(source,))
         return trained.model_copy(update={"train": (source,), "eval": None, "packing": "none"})
+
+
+def _known_to(data: TokenDataset, file: Path) -> list[bool]:
+    """For each sample, whether a run's prepared data holds it, token by token."""
+    from peftcli.data.tokens import TokenDataset
+
+    if not file.is_file():
+        return [False] * len(data)
+    stored = TokenDataset.load(file)
+    known = {stored[index][0].tobytes() for index in range(len(stored))}
+    return [data[index][0].tobytes() in known for index in range(len(data))]
 
 
 def find_subject(path: str, base: str | None = None) -> Subject:

@@ -152,7 +152,7 @@ class CausalLMLoss(nn.Module):
         keep = labels != IGNORED
         with self._autocast(labels.device):
             if not self._probed:
-                self._tail, self._probed = _probe(self.model, inputs), True
+                self._tail, self._probed = find_tail(self.model, inputs), True
             if self._tail is None:
                 logits = self.model(**inputs, use_cache=False).logits
                 logits = _text(logits, labels)[keep]
@@ -213,7 +213,7 @@ def tapped(head: nn.Module, answer: Callable[[Tensor], Tensor]) -> Iterator[list
 
 
 @torch.no_grad()
-def _probe(model: nn.Module, inputs: dict[str, Tensor]) -> _Tail | None:
+def find_tail(model: nn.Module, inputs: dict[str, Tensor]) -> _Tail | None:
     """The tail of `model`, proved on two tokens of `inputs`, or None where it is none we know."""
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head is not None else None

@@ -9,6 +9,7 @@ import pytest
 from peftcli import LoraConfig
 from peftcli.cli import main
 from peftcli.errors import InputError
+from peftcli.evaluation.panel import _columns
 from peftcli.evaluation.subject import find_subject
 
 RECIPE = """
@@ -76,6 +77,9 @@ def test_another_file_is_read_as_the_training_data_was(run: Path) -> None:
         (["--fail-under", "exact_match=nan"], "names no number"),
         (["--fail-under", "bleu=0.5"], "'bleu' is not a metric"),
         (["--output", "nowhere/results.json"], "no such folder"),
+        (["--metrics", "regex"], "--regex PATTERN"),
+        (["--regex", "(", "--metrics", "loss"], "no regular expression"),
+        (["--report", "."], "is no part of a report"),
         (["--max-samples", "0"], "--max-samples"),
     ],
 )
@@ -92,3 +96,11 @@ def test_what_is_no_adapter_is_refused(run: Path, tmp_path: Path, capsys) -> Non
     for given, message in ((tmp_path, "no adapter here"), (recipe, "train it first"), (full, "trained in full")):
         assert main(["eval", str(given)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_columns_are_as_short_as_can_be() -> None:
+    assert _columns(["out/a"]) == ["tuned"]
+    assert _columns(["out/a", "out/b/"]) == ["a", "b"]
+    assert _columns(["x/run", "y/run", "z"]) == ["x/run", "y/run", "z"]
+    assert _columns(["run/checkpoint-5", "run"]) == ["checkpoint-5", "run"]
+    assert "base" not in _columns(["base", "b"])

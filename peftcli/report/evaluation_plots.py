@@ -1,0 +1,91 @@
+"""Pictures of an evaluation: a panel of bars for each metric, and how the losses of samples are spread."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peftcli.evaluation.compare import Row
+
+BASE_COLOUR = "0.65"
+PANELS_IN_A_ROW = 4
+
+
+def plot_metrics(rows: Sequence[Row]) -> bytes:
+    """A PNG with a panel for each metric: base and adapters as bars, with lines of one standard error each way."""
+    columns = min(PANELS_IN_A_ROW, len(rows))
+    lines = math.ceil(len(rows) / columns)
+    bars = 1 + len(rows[0].adapters)
+    figure = _figure(max(2.4, 0.55 * bars + 1.2) * columns, 2.7 * lines)
+    for index, row in enumerate(rows):
+        axes = figure.add_subplot(lines, columns, index + 1)
+        estimates = {"base": row.base, **row.adapters}
+        errors = [0.0 if math.isnan(one.standard_error) else one.standard_error for one in estimates.values()]
+        axes.bar(
+            range(bars),
+            [one.value for one in estimates.values()],
+            yerr=errors,
+            color=[colour(place) for place in range(bars)],
+            capsize=3,
+            width=0.7,
+        )
+        axes.set_xticks(range(bars), [_text(name) for name in estimates], rotation=30 if bars > 3 else 0, fontsize=8)
+        arrow = "higher is better" if row.higher_is_better else "lower is better"
+        axes.set_title(f"{_text(row.metric)}\n", fontsize=10, fontweight="bold")
+        axes.text(
+            0.5, 1.02, f"n = {row.count}, {arrow}", transform=axes.transAxes, ha="center", va="bottom", fontsize=7
+        )
+        axes.tick_params(axis="y", labelsize=8)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def plot_losses(losses: Mapping[str, Any]) -> bytes:
+    """A PNG of how the samples' losses per label are spread, base and adapters over each other."""
+    import numpy as np
+
+    figure = _figure(7, 3.2)
+    axes = figure.add_subplot()
+    everything = np.concatenate(list(losses.values()))
+    edges = np.histogram_bin_edges(everything, bins=min(40, max(8, int(math.sqrt(len(everything)) * 2))))
+    for place, (name, values) in enumerate(losses.items()):
+        label = f"{_text(name)} (median {np.median(values):.3g})"
+        axes.hist(values, edges, histtype="stepfilled", color=colour(place), alpha=0.35)
+        axes.hist(values, edges, histtype="step", color=colour(place), linewidth=1.4, label=label)
+    axes.set_xlabel("loss per label of a sample")
+    axes.set_ylabel("samples")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8)
+    return _png(figure)
+
+
+def colour(place: int) -> str:
+    """Grey for the base, then matplotlib's own."""
+    return BASE_COLOUR if place == 0 else f"C{(place - 1) % 10}"
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Any) -> bytes:
+    """Equal figures give equal bytes."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _text(name: str) -> str:
+    """A name as it stands: a dollar sign begins no formula."""
+    return name.replace("$", r"\$")

@@ -1,0 +1,44 @@
+"""A folder of report files: each appears whole or not at all, and nobody else's files are touched."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from peftcli.errors import InputError, printable
+
+FILES = ("report.html", "report.md", "results.json", "metrics.png", "losses.png")
+
+
+def require_usable(folder: Path) -> None:
+    """Refuse a folder that holds anything but an earlier report.
+
+    Raises:
+        InputError: saying what is in the way.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError("is a file, not a folder", place=folder, field="--report")
+    others = sorted(path.name for path in folder.iterdir() if path.name not in FILES) if folder.is_dir() else []
+    if others:
+        raise InputError(
+            f"is not empty: {printable(others[0])} is no part of a report",
+            place=folder,
+            field="--report",
+            fix="name a new folder",
+        )
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file in one step."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Any) -> None:
+    write(path, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
