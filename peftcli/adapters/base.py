@@ -148,6 +148,9 @@ class Adapter:
     rows_interact: ClassVar[bool] = False
     """Whether what a row of a batch gets depends on the other rows."""
 
+    needs_rows: ClassVar[bool] = False
+    """Whether it must see which row of a batch a token is in, so that samples can't be laid end to end in one row."""
+
     obsolete: ClassVar[frozenset[str]] = frozenset()
     """Last parts of keys that other versions' files hold at a module and nothing needs."""
 
@@ -342,6 +345,7 @@ class SideAdapter(Adapter):
 
     kinds = frozenset({"module"})
     mergeable = False
+    needs_rows = True
 
     def side(self, p: Tensors, module: Any, inputs: dict[str, Any]) -> Tensor:
         """What to add to the module's output (its first part, if it gives several).

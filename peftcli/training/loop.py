@@ -144,6 +144,7 @@ class Trainer:
                 signal_number = self._step(window)
                 self._after_step(signal_number)
         finally:
+            self._bare_loss.unpadded.release()
             self._call("on_train_end")
         if self.settings.load_best_model_at_end and self.progress.best_step is not None:
             state.load_trained(self.model, self.folder / f"checkpoint-{self.progress.best_step}")
@@ -196,6 +197,7 @@ class Trainer:
                 share = loss * (self.world_size / labels)
                 self.accelerator.backward(add_regularization(self.adapters, share) if last else share)
             losses.append(loss.detach())
+        self._bare_loss.unpadded.release()
         norm = get_total_norm([p.grad for p in self.trainable if p.grad is not None])
         local_loss = float(torch.stack(losses).sum())
         sums = self._gather([local_loss, float(self._lengths[indices].sum()), self.received_signal()])

@@ -16,6 +16,7 @@ import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
 from peftcli.data.collate import IGNORED
+from peftcli.training.unpadded import Unpadded, unpadded
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states [N, D] to logits [N, V]."""
@@ -125,7 +126,8 @@ class CausalLMLoss(nn.Module):
     The model runs as its author wrote it, except that its head hands over the hidden states instead of multiplying
     them. That holds for prompt tuning and every other wrapper that ends in the same head. What the model does with
     logits afterwards (scaling, soft-capping) is found by trying, once, at the first batch. A model that does something
-    we don't recognise computes its own logits: correct, only not sparing.
+    we don't recognise computes its own logits: correct, only not sparing. In the same way padding is left out where the
+    model gives the same without it (`unpadded.py`).
 
     Args:
         model: any module that takes `input_ids` and `attention_mask` and returns an object with `logits` [B, T, V].
@@ -137,7 +139,8 @@ class CausalLMLoss(nn.Module):
         super().__init__()
         self.model, self.bf16, self.rows = model, bf16, rows
         self._tail: _Tail | None = None
-        self._probed = False
+        self._probed = self._lays_out = False
+        self.unpadded = Unpadded(model)
 
     def forward(self, batch: dict[str, Tensor], score: bool = False) -> Tensor:
         """The loss sum () of a batch, or with `score` [loss sum, correct labels, labels].
@@ -147,32 +150,58 @@ class CausalLMLoss(nn.Module):
                 the tokens before t), and whatever else the model takes.
             score: evaluate instead of training.
         """
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        labels = batch["labels"][:, 1:]
-        keep = labels != IGNORED
-        with self._autocast(labels.device):
+        with self._autocast(batch["labels"].device):
             if not self._probed:
-                self._tail, self._probed = find_tail(self.model, inputs), True
-            if self._tail is None:
-                logits = self.model(**inputs, use_cache=False).logits
-                logits = _text(logits, labels)[keep]
-                if score:
-                    return _scores(logits, labels[keep])
-                return nn.functional.cross_entropy(logits.to(_wide(logits.dtype)), labels[keep], reduction="sum")
-            with tapped(self._tail.head, lambda hidden: hidden[..., :1]) as seen:
-                self.model(**inputs, use_cache=False)
-            hidden = _text(seen[0], labels)[keep]
+                self._probe(batch)
+            if self._lays_out and self.unpadded.fits(batch):
+                with self.unpadded.switched():
+                    return self._score(*unpadded(batch), score)
+            self.unpadded.release()
+            return self._score(_inputs(batch), batch["labels"], score)
+
+    def _probe(self, batch: dict[str, Tensor]) -> None:
+        """Find out what can be spared with this model, once."""
+        self._tail, self._probed = find_tail(self.model, _inputs(batch)), True
+        if (tail := self._tail) is not None:
+            self._lays_out = self.unpadded.prove(batch, lambda inputs: self._hidden(tail, inputs))
+
+    def _hidden(self, tail: _Tail, inputs: dict[str, Any]) -> Tensor:
+        """What the head is given, [B, T, D]."""
+        with tapped(tail.head, lambda hidden: hidden[..., :1]) as seen:
+            self.model(**inputs, use_cache=False)
+        return seen[0]
+
+    def _score(self, inputs: dict[str, Any], labels: Tensor, score: bool) -> Tensor:
+        """The loss sum () of `labels` [B, T], or the scores [3]."""
+        labels = labels[:, 1:]
+        keep = labels != IGNORED
+        if self._tail is None:
+            logits = self.model(**inputs, use_cache=False).logits
+            logits = _text(logits, labels)[keep]
             if score:
-                return linear_scores(hidden, labels[keep], self._tail, rows=self.rows)
-            return linear_cross_entropy(hidden, labels[keep], self._tail, rows=self.rows, leaves=self._tail.leaves)
+                return _scores(logits, labels[keep])
+            return nn.functional.cross_entropy(logits.to(_wide(logits.dtype)), labels[keep], reduction="sum")
+        hidden = _text(self._hidden(self._tail, inputs), labels)[keep]
+        if score:
+            return linear_scores(hidden, labels[keep], self._tail, rows=self.rows)
+        return linear_cross_entropy(hidden, labels[keep], self._tail, rows=self.rows, leaves=self._tail.leaves)
 
     @property
     def spares_logits(self) -> bool:
         """Whether the loss is computed in chunks (known after the first batch)."""
         return self._tail is not None
 
+    @property
+    def spares_padding(self) -> bool:
+        """Whether batches are run without their padding (known after the first batch)."""
+        return self._lays_out
+
     def _autocast(self, device: torch.device) -> Any:
         return torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+
+def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def _text(outputs: Tensor, labels: Tensor) -> Tensor:

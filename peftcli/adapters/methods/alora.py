@@ -23,6 +23,7 @@ class Alora(Lora):
 
     kinds = frozenset({"linear"})
     mergeable = False
+    needs_rows = True
 
     def activation(self, p: Tensors, x: Tensor, site: Site) -> Tensor | None:
         update = super().activation(p, x, site)

@@ -56,6 +56,7 @@ class Poly(DeltaAdapter):
 
     kinds = frozenset({"linear"})
     mergeable = False
+    needs_rows = True
     config: PolyConfig
 
     def tensors(self) -> dict[str, TensorSpec]:
