@@ -12,6 +12,8 @@ from peftcli.errors import InputError, RunError, printable
 
 RECIPE = "recipe.yaml"
 DATA = "data"
+SWEEP = "sweep"
+"""The runs of a sweep of the recipe that names the folder, each with a folder of its own."""
 TRAINED = ("checkpoint-*", "adapter_model.safetensors", "model*.safetensors")
 """What a run was made for; a folder without it can be used again."""
 WRITTEN = (
@@ -38,7 +40,7 @@ def require_usable(folder: Path, *, overwrite: bool, resume: bool) -> None:
     Raises:
         InputError: saying which option would help.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.name == SWEEP for path in folder.iterdir()):
         return
     if not (folder / RECIPE).is_file():
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,17 +17,30 @@ if TYPE_CHECKING:
     from peftcli.recipe.schema import Recipe
 
 LAUNCHER_ARGUMENTS = "peftcli.launcher_arguments"
+SWEEP = "--sweep"
+SWEEP_ADVICE = "a sweep continues by itself what was interrupted; --dry-run lists its runs"
 
 
 class WithLauncherArguments(TyperCommand):
-    """Keeps what stands after `--` for the launcher."""
+    """Keeps what stands after `--` for the launcher, and gives `--sweep` every `field=values` that follows it."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if "--" in args:
             dashes = args.index("--")
             ctx.meta[LAUNCHER_ARGUMENTS] = args[dashes + 1 :]
             args = args[:dashes]
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, list(_sweep_repeated(args)))
+
+
+def _sweep_repeated(args: list[str]) -> Iterator[str]:
+    """`--sweep a=1,2 b=3,4` as `--sweep a=1,2 --sweep b=3,4`."""
+    inside = False
+    for index, argument in enumerate(args):
+        first = index > 0 and args[index - 1] == SWEEP
+        inside = first or (inside and "=" in argument and not argument.startswith("-"))
+        if inside and not first:
+            yield SWEEP
+        yield argument
 
 
 COMMAND_CLASS = WithLauncherArguments
@@ -60,13 +74,26 @@ def command(
         bool, typer.Option("--overwrite", help="Replace what an earlier run left in the run folder.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write the result as one JSON value to stdout.")] = False,
-) -> None:
-    """Train an adapter as a recipe says. Everything is checked, and the data tokenised, before any process starts."""
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=VALUE,VALUE...",
+            help="Run every combination of these values, one after another, and compare them; finished runs are kept, "
+            "interrupted ones continued.",
+        ),
+    ] = None,
+) -> int:
+    """Train an adapter as a recipe says. Everything is checked, and the data tokenised, before any process starts.
+
+    peft train recipe.yaml training.learning_rate=1e-4
+
+    peft train recipe.yaml --sweep adapter.method=lora,dora,ia3 training.learning_rate=1e-4,3e-4
+    """
     if schema:
         from peftcli.recipe.json_schema import recipe_schema
 
         console.say_json(recipe_schema())
-        return
+        return 0
     if recipe is None:
         raise InputError("name a recipe", fix="peft train RECIPE.yaml")
     if overwrite and resume:
@@ -74,12 +101,22 @@ def command(
     changes = list(overrides or [])
     changes += [f"training.output_dir={json.dumps(output_dir)}"] if output_dir is not None else []
     changes += [f"training.resume_from_checkpoint={json.dumps(resume)}"] if resume is not None else []
+    extra = ctx.meta.get(LAUNCHER_ARGUMENTS, [])
+    if sweep:
+        if resume or print_config:
+            raise InputError(f"--sweep does not go with {'--resume' if resume else '--print-config'}", fix=SWEEP_ADVICE)
+        from peftcli.cli import train_sweep
+
+        asked = train_sweep.Request(recipe, changes, sweep, extra, overwrite=overwrite, as_json=as_json)
+        if check or dry_run:
+            (train_sweep.check if check else train_sweep.rehearse)(asked)
+            return 0
+        return train_sweep.run(asked)
 
     from peftcli.recipe import yaml12
     from peftcli.recipe.load import dump_recipe, load_recipe
 
     loaded = load_recipe(recipe, changes)
-    extra = ctx.meta.get(LAUNCHER_ARGUMENTS, [])
     if print_config:
         console.say(dump_recipe(loaded).rstrip(), limit=yaml12.MAX_BYTES)
     elif check:
@@ -89,6 +126,7 @@ def command(
 
         request = train_run.Request(loaded, str(recipe), overrides or [], extra, overwrite=overwrite, as_json=as_json)
         (train_run.rehearse if dry_run else train_run.run)(request)
+    return 0
 
 
 def _say_checked(path: Path, recipe: Recipe, as_json: bool) -> None:

@@ -18,17 +18,23 @@ from peftcli.recipe.section import Section
 FULL = "full"
 """The method that adapts nothing and trains every weight: the baseline."""
 
+LORA_WITH = {
+    "qlora": "quantization.load_in_4bit=true",
+    "dora": "adapter.use_dora=true",
+    "rslora": "adapter.use_rslora=true",
+    **dict.fromkeys(("lora+", "loraplus"), "training.loraplus_lr_ratio=16"),
+    **{name: f"adapter.init_lora_weights={name}" for name in ("pissa", "olora", "loftq", "eva", "corda", "lora_ga")},
+}
+"""Names that are LoRA with one field set, as an override sets it. A sweep takes them for methods."""
+
 VARIANTS = {
-    "qlora": "method: lora, with a section `quantization: {load_in_4bit: true}`",
-    "dora": "method: lora, with use_dora: true",
-    "rslora": "method: lora, with use_rslora: true",
-    "lora+": "method: lora, with training.loraplus_lr_ratio: 16",
-    "loraplus": "method: lora, with training.loraplus_lr_ratio: 16",
-    **{name: f"method: lora, with init_lora_weights: {name}" for name in ("pissa", "olora", "loftq", "eva", "corda")},
+    **{
+        name: f"method: lora, with {setting.removeprefix('adapter.').replace('=', ': ')}"
+        for name, setting in LORA_WITH.items()
+    },
     **dict.fromkeys(("none", "full_finetuning", "sft", "freeze"), f"method: {FULL}"),
 }
-"""Names for a method with one of its fields set."""
-
+"""What to write instead of a name that is no method."""
 ELSEWHERE = {
     "peft_type": "it follows from adapter.method",
     "task_type": "set model.task_type",

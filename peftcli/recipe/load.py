@@ -33,8 +33,26 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_paths:
     Raises:
         InputErrors: naming file, line, column and field of every problem found.
     """
+    return build(read_tree(path, overrides), check_paths=check_paths)
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Node:
+    """A recipe's values as they were written, those it extends below them and overrides on top.
+
+    Raises:
+        InputErrors: it is no YAML of the kind we read, or an override says nothing.
+    """
     root = _read(Path(path), ())
     dotlist.apply(root, list(overrides))
+    return root
+
+
+def build(root: Node, *, check_paths: bool = True) -> Recipe:
+    """The recipe that a tree of values is. The tree's paths become absolute.
+
+    Raises:
+        InputErrors: naming file, line, column and field of every problem found.
+    """
     paths.make_absolute(root)
     try:
         recipe = Recipe.model_validate(root.plain())
