@@ -104,6 +104,14 @@ def adapter_class_of(method: Method) -> type[Adapter]:
     return getattr(import_module(f"peftcli.adapters.methods.{method.file}"), method.adapter)
 
 
+def needs_rows(config: PeftConfig) -> bool:
+    """Whether the method must see which row of a batch a token is in, so that rows can't hold several samples."""
+    if config.is_prompt_learning or config.peft_type == "XLORA":  # virtual tokens a row; a gate that runs rows twice
+        return True
+    method = adapter_class(config)
+    return method.needs_rows or method.rows_interact
+
+
 def prompt_class(config: PeftConfig) -> type[PromptMethod]:
     """The class that states the prompt a config asks for, e.g. `PromptTuning`."""
     method = _entry(config.peft_type, None)

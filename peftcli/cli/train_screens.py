@@ -97,9 +97,10 @@ def _part(part: PartReport) -> str:
 
 
 def _plan(setup: Setup) -> Iterator[tuple[str, str]]:
-    training = setup.request.recipe.training
+    training, data = setup.request.recipe.training, setup.request.recipe.data
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    yield "batch", f"{batch} x {accumulation} accumulated x {setup.processes} processes"
+    packed = f", rows of {data.max_length} tokens packed by {data.packing}" if data.packing != "none" else ""
+    yield "batch", f"{batch} x {accumulation} accumulated x {setup.processes} processes{packed}"
     yield "rate", f"{training.learning_rate:g}, {training.lr_scheduler_type}, {training.optim}"
     kept = "all kept" if training.save_total_limit is None else f"{training.save_total_limit} kept"
     yield "save", _when(training.save_strategy, training.save_steps) + f", {kept}"

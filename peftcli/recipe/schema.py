@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from peftcli.adapters.registry import needs_rows
 from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.section import Positive, Probability, Section, Text
 from peftcli.recipe.training_section import TrainingSection
@@ -143,7 +144,8 @@ class DataSection(Section):
     overflow: Literal["error", "drop", "truncate", "split"] = "error"
     """What happens to longer ones: refuse the data set, leave them out, cut them, or cut them into several."""
     packing: Literal["none", "bfd"] = "none"
-    """Put several samples into one row (best fit decreasing); they never attend to each other."""
+    """bfd: rows of max_length tokens are filled with several samples (best fit decreasing), which never attend to each
+    other; a batch is that many rows. Steps are of equal size whatever the samples' lengths are."""
     loss_on: Literal["all", "completion", "assistant", "last_assistant"] = "assistant"
     """Tokens that are learnt."""
     apply_chat_template: bool = True
@@ -189,6 +191,15 @@ class Recipe(Section):
             raise contradiction(
                 f"A start by {start} needs the base's weights as they were before they were quantised.",
                 fix="leave quantization out, or choose another adapter.init_lora_weights",
+            )
+        if self.data.packing != "none" and self.model.task_type != "CAUSAL_LM":
+            raise contradiction(
+                f"{self.model.task_type} can't pack several samples into a row.", fix="set data.packing to none"
+            )
+        if self.data.packing != "none" and config is not None and needs_rows(config):
+            raise contradiction(
+                f"{config.peft_type} must know which row of a batch a token is in: rows can't hold several samples.",
+                fix="set data.packing to none",
             )
         if self.training.gradient_checkpointing and config is not None and not config.allows_checkpointing:
             raise contradiction(

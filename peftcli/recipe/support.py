@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 TASK_TYPES = ("CAUSAL_LM",)
 FORMATS = ("auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text")
-PACKING = ("none",)
 LAUNCHERS = ("auto", "none", "accelerate")
 
 
@@ -32,5 +31,4 @@ def _choices(recipe: Recipe) -> Iterator[tuple[Location, str, tuple[str, ...]]]:
     for section, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         for index, source in enumerate(sources if isinstance(sources, tuple) else ()):
             yield ("data", section, index, "format"), source.format or "auto", FORMATS
-    yield ("data", "packing"), recipe.data.packing, PACKING
     yield ("launcher", "type"), recipe.launcher.type, LAUNCHERS

@@ -10,16 +10,31 @@ from torch import Tensor  # noqa: TID253
 from peftcli.data.collate import IGNORED, collate
 from peftcli.data.sampler import batches
 from peftcli.data.tokens import TokenDataset
+from peftcli.recipe.schema import Recipe
 from peftcli.recipe.training_section import TrainingSection
 
 Window = list[list[int]]
 """Sample indices of the batches of one optimizer step."""
 
 
+def row_length(recipe: Recipe) -> int | None:
+    """Tokens of the rows that samples are packed into; None where each has a row of its own."""
+    return recipe.data.max_length if recipe.data.packing == "bfd" else None
+
+
 def training_windows(
-    dataset: TokenDataset, settings: TrainingSection, epoch: int, *, world_size: int = 1, rank: int = 0
+    dataset: TokenDataset,
+    settings: TrainingSection,
+    epoch: int,
+    *,
+    world_size: int = 1,
+    rank: int = 0,
+    row_length: int | None = None,
 ) -> list[Window]:
-    """The optimizer steps of one epoch on one process; the last may hold fewer batches."""
+    """The optimizer steps of one epoch on one process; the last may hold fewer batches.
+
+    With `row_length` samples are packed: a batch is so many rows of that many tokens, not so many samples.
+    """
     order = batches(
         dataset.lengths,
         settings.per_device_train_batch_size,
@@ -28,6 +43,7 @@ def training_windows(
         group_by_length=settings.group_by_length,
         world_size=world_size,
         rank=rank,
+        row_length=row_length,
     )
     size = settings.gradient_accumulation_steps
     return [order[start : start + size] for start in range(0, len(order), size)]

@@ -68,6 +68,7 @@ class Trainer:
         export: writes the finished form of the adapter into a checkpoint, for other programs to load.
         received_signal: gives the number of a signal that asks to stop, or 0.
         manifest: further entries for the checkpoints' manifests.
+        row_length: pack samples into rows of so many tokens; a batch is then rows, not samples.
         identity: by recipe field, what else a resumed run must share with the one it continues.
     """
 
@@ -84,6 +85,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         export: Callable[[Path], None] | None = None,
         received_signal: Callable[[], int] = lambda: 0,
+        row_length: int | None = None,
         manifest: dict[str, Any] | None = None,
         identity: dict[str, Any] | None = None,
     ) -> None:
@@ -92,6 +94,7 @@ class Trainer:
         self.pad_token_id, self.callbacks, self.export = pad_token_id, callbacks, export
         self.received_signal, self.manifest, self.identity = received_signal, manifest or {}, identity or {}
         self.world_size, self.rank = accelerator.num_processes, accelerator.process_index
+        self.row_length = row_length
         self.metric: str = settings.metric_for_best_model
         self.progress = state.Progress()
         self.metrics: dict[str, float] | None = None
@@ -113,7 +116,9 @@ class Trainer:
         self.names = state.parameter_names(self.model, optimizer)
         # Not prepared by Accelerate, which would take one schedule step for each process.
         self.scheduler = build_scheduler(optimizer, self.settings, self.total_steps)
-        self._bare_loss = CausalLMLoss(self.model, bf16=uses_autocast(self.model, self.settings))
+        self._bare_loss = CausalLMLoss(
+            self.model, bf16=uses_autocast(self.model, self.settings), packed=self.row_length is not None
+        )
         self.loss: nn.Module
         self.optimizer: AcceleratedOptimizer
         self.loss, self.optimizer = self.accelerator.prepare(self._bare_loss, optimizer)
@@ -169,7 +174,14 @@ class Trainer:
         return value < than - threshold
 
     def _windows(self, epoch: int) -> list[Window]:
-        return training_windows(self.train_data, self.settings, epoch, world_size=self.world_size, rank=self.rank)
+        return training_windows(
+            self.train_data,
+            self.settings,
+            epoch,
+            world_size=self.world_size,
+            rank=self.rank,
+            row_length=self.row_length,
+        )
 
     def _remaining_windows(self) -> Iterator[Window]:
         """The windows from where the run stands to its last step, over the epochs."""

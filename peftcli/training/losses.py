@@ -15,7 +15,9 @@ from typing import Any
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
+from peftcli.adapters.engine import user_model
 from peftcli.data.collate import IGNORED
+from peftcli.errors import InputError
 from peftcli.training.unpadded import Unpadded, unpadded
 
 Head = Callable[[Tensor], Tensor]
@@ -133,11 +135,12 @@ class CausalLMLoss(nn.Module):
         model: any module that takes `input_ids` and `attention_mask` and returns an object with `logits` [B, T, V].
         bf16: run under bfloat16 autocast.
         rows: rows of logits held at once.
+        packed: batches are as many samples as fill some rows, and must be run without padding.
     """
 
-    def __init__(self, model: nn.Module, *, bf16: bool = False, rows: int | None = None) -> None:
+    def __init__(self, model: nn.Module, *, bf16: bool = False, rows: int | None = None, packed: bool = False) -> None:
         super().__init__()
-        self.model, self.bf16, self.rows = model, bf16, rows
+        self.model, self.bf16, self.rows, self.packed = model, bf16, rows, packed
         self._tail: _Tail | None = None
         self._probed = self._lays_out = False
         self.unpadded = Unpadded(model)
@@ -149,6 +152,9 @@ class CausalLMLoss(nn.Module):
             batch: `input_ids`, `attention_mask`, `labels` [B, T] as `collate` makes them (labels[b, t] is predicted by
                 the tokens before t), and whatever else the model takes.
             score: evaluate instead of training.
+
+        Raises:
+            InputError: the batch is packed, and the model can't keep its samples apart.
         """
         with self._autocast(batch["labels"].device):
             if not self._probed:
@@ -156,6 +162,8 @@ class CausalLMLoss(nn.Module):
             if self._lays_out and self.unpadded.fits(batch):
                 with self.unpadded.switched():
                     return self._score(*unpadded(batch), score)
+            if self.packed and self.model.training:
+                raise cannot_pack(user_model(self.model))
             self.unpadded.release()
             return self._score(_inputs(batch), batch["labels"], score)
 
@@ -198,6 +206,16 @@ class CausalLMLoss(nn.Module):
 
     def _autocast(self, device: torch.device) -> Any:
         return torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+
+def cannot_pack(model: Any) -> InputError:
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    return InputError(
+        f"bfd packs several samples into a row, and this base ({kind}) can't keep them from seeing each other: its "
+        "attention is none that knows where a sample ends, or reaches less far than the longest one",
+        field="data.packing",
+        fix="set it to none",
+    )
 
 
 def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from peftcli.data.tokens import TokenDataset
 from peftcli.errors import PeftCliError
 from peftcli.lazy import numpy as np
 from peftcli.recipe.schema import Recipe
+from peftcli.training.batches import row_length
 from peftcli.training.footprint import BatchShape, Footprint, footprint
 from peftcli.training.model import training_device
 
@@ -112,7 +113,7 @@ def plan_memory(
     """
     device = device or training_device()
     settings = recipe.training
-    batch = heaviest_batch(train, settings.per_device_train_batch_size)
+    batch = heaviest_batch(train, settings.per_device_train_batch_size, row_length(recipe))
     held_out = heaviest_batch(evaluation, settings.per_device_eval_batch_size) if evaluation is not None else None
     try:
         with _quiet_fake_tensors():
@@ -127,8 +128,14 @@ def plan_memory(
     return MemoryPlan(str(device), parts, LIBRARIES if on_cpu else 0, allocator, available)
 
 
-def heaviest_batch(data: TokenDataset, size: int) -> BatchShape:
-    """A batch of `size` samples, all as long as the longest, with the most labels that any `size` samples have."""
+def heaviest_batch(data: TokenDataset, size: int, row_length: int | None = None) -> BatchShape:
+    """A batch of `size` samples, all as long as the longest, with the most labels that any `size` samples have.
+
+    With `row_length` samples are packed: `size` full rows, all of it learnt.
+    """
+    if row_length is not None:
+        rows = min(size, -(-int(data.lengths.sum()) // row_length))
+        return BatchShape(rows, row_length, min(rows * row_length, int(data.label_counts.sum())))
     rows = min(size, len(data))
     length = -(-int(data.lengths.max()) // MULTIPLE) * MULTIPLE
     return BatchShape(rows, length, int(np.sort(data.label_counts)[-rows:].sum()))

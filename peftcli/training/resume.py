@@ -92,5 +92,6 @@ def identity(trainer: Trainer) -> dict[str, Any]:
         **trainer.identity,
         **{f"training.{name}": settings[name] for name in MUST_NOT_CHANGE},
         "processes": trainer.world_size,
+        "data.packing": f"bfd, rows of {trainer.row_length} tokens" if trainer.row_length else None,
         "data.train": state.fingerprint(*data.columns()),
     }

@@ -32,6 +32,7 @@ from peftcli.recipe.redact import redact
 from peftcli.recipe.schema import Recipe
 from peftcli.report.plots import plot_losses
 from peftcli.training import checkpoints
+from peftcli.training.batches import row_length
 from peftcli.training.callbacks import (
     LOG_NAME,
     Callback,
@@ -183,6 +184,7 @@ class _Worker:
             # The whole model is its own trained tensors already.
             export=export if self.recipe.adapter.config is not None else None,
             received_signal=lambda: signals.received,
+            row_length=row_length(self.recipe),
             manifest={"recipe": checkpoints.sha256(self.folder / RECIPE_NAME), "versions": versions()},
             identity=identity(self.recipe),
         )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftcli.data.sampler import batches
+from peftcli.data.sampler import batches, packed
 from peftcli.errors import InputError
 
 shapes = {
@@ -81,3 +81,38 @@ def test_drop_last():
     with pytest.raises(InputError, match="2 samples do not fill one batch of 8"):
         batches([5, 5], 8, 0, 0, drop_last=True)
     assert batches([], 8, 0, 0, drop_last=True) == []
+
+
+@given(
+    lengths=st.lists(st.integers(1, 20), max_size=80),
+    batch_size=st.integers(1, 3),
+    world_size=st.integers(1, 3),
+    seed=st.integers(0, 2),
+)
+@settings(max_examples=200, deadline=None)
+def test_packed_rows(lengths: list[int], batch_size: int, world_size: int, seed: int) -> None:
+    """Every sample once; no batch holds more than its rows; as many steps in every epoch and on every rank."""
+
+    def run(epoch: int) -> list[list[list[int]]]:
+        return all_ranks(lengths, batch_size, world_size, seed=seed, epoch=epoch, row_length=20)
+
+    ranks = run(0)
+    assert Counter(index for rank in ranks for batch in rank for index in batch) == Counter(range(len(lengths)))
+    assert all(sum(lengths[index] for index in batch) <= 20 * batch_size for rank in ranks for batch in rank)
+    assert len({len(rank) for rank in ranks} | {len(rank) for rank in run(1)}) <= 1
+    assert ranks == run(0)
+
+
+def test_packing_is_tight_and_goes_on_order_among_equals() -> None:
+    lengths = np.array([9, 8, 7, 5, 5, 3, 2, 1])
+    rows = packed(np.arange(8), lengths, 10)
+    assert sorted(sorted(lengths[row].tolist()) for row in rows) == [[1, 9], [2, 8], [3, 7], [5, 5]]
+    equal = np.full(6, 5)
+    assert packed(np.array([4, 0, 5, 1, 3, 2]), equal, 10) == [[4, 0], [5, 1], [3, 2]]
+
+
+def test_packing_many_samples_is_quick_enough_to_be_done_each_epoch() -> None:
+    """A hundred thousand samples: what is quadratic would be noticed."""
+    lengths = np.random.default_rng(0).integers(16, 1024, 100_000)
+    rows = packed(np.arange(len(lengths)), lengths, 1024)
+    assert lengths.sum() / 1024 / len(rows) > 0.99

@@ -140,13 +140,12 @@ def test_not_supported_yet_is_said(write: Write) -> None:
     message = refusal(
         write(
             ("path: base", "path: base\n  task_type: SEQ_CLS"),
-            ("train.jsonl", "train.jsonl\n  packing: bfd"),
             add="launcher: {type: deepspeed}\n",
         )
     )
-    for field in ("3:14: model.task_type", "10:12: data.packing", "13:18: launcher.type"):
+    for field in ("3:14: model.task_type", "12:18: launcher.type"):
         assert f"recipe.yaml:{field}: " in message
-    assert message.count("not supported yet; today: ") == 2 + 1
+    assert message.count("not supported yet; today: ") == 2
 
 
 def test_all_problems_at_once_and_a_bound_on_their_number(write: Write) -> None:
