@@ -1,4 +1,4 @@
-"""Reading files that nobody vouches for: regular files only, bounded, JSON taken strictly."""
+"""Reading files that nobody vouches for (regular files only, bounded, JSON taken strictly), and writing whole ones."""
 
 from __future__ import annotations
 
@@ -115,3 +115,21 @@ def _refuse_endless(value: Any) -> None:
                 stack += item.values()
             elif isinstance(item, list):
                 stack += item
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that a crash leaves the old one or the new one; a link of that name is replaced, not followed.
+
+    A killed process leaves a `.tmp-0-<pid>-<name>` at worst, which the next run sweeps away.
+    """
+    temporary = path.with_name(f".tmp-0-{os.getpid()}-{path.name}")
+    temporary.unlink(missing_ok=True)
+    try:
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

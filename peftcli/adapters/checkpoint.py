@@ -6,8 +6,6 @@ asking each layer what it owns, never by searching for substrings in names.
 
 from __future__ import annotations
 
-import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +20,7 @@ from peftcli.adapters.engine import Attached, embeddings
 from peftcli.adapters.holding import Buffers
 from peftcli.adapters.registry import adapter_class
 from peftcli.errors import InputError, InputErrors, printable
+from peftcli.files import write_atomically
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -398,20 +397,3 @@ def stored_config(attached: Attached, name: str) -> PeftConfig:
     method = adapter_class(config)
     sites = [(adapter, p) for adapter, p in attached.sites(name) if isinstance(adapter, method)]
     return method.stored_config(sites, config) if sites else config.stored()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one; permissions follow umask."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes files nobody else may read
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

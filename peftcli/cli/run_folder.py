@@ -1,14 +1,19 @@
-"""The run folder before the run: may it be used, what an earlier run left in it, and the recipe it is going to hold."""
+"""The run folder before the run: may it be used, what an earlier run left in it, and the recipe and data it gets.
+
+Those are made in a `.tmp-0-<pid>` folder inside and moved into place. `recipe.yaml`, which tells a run folder from any
+other, is there from then on and only ever replaced: a run killed at any moment leaves a folder that can be used again.
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from peftcli.errors import InputError, RunError, printable
+from peftcli.errors import InputError, printable
+from peftcli.files import write_atomically
+from peftcli.training.checkpoints import disk_errors, is_temporary, remove
 
 RECIPE = "recipe.yaml"
 DATA = "data"
@@ -19,9 +24,6 @@ TRAINED = ("checkpoint-*", "adapter_model.safetensors", "model*.safetensors")
 WRITTEN = (
     *TRAINED,
     *(
-        RECIPE,
-        DATA,
-        ".tmp-*",
         "adapter_config.json",
         "README.md",
         "result.json",
@@ -40,7 +42,7 @@ def require_usable(folder: Path, *, overwrite: bool, resume: bool) -> None:
     Raises:
         InputError: saying which option would help.
     """
-    if not folder.exists() or all(path.name == SWEEP for path in folder.iterdir()):
+    if not folder.exists() or all(path.name == SWEEP or is_temporary(path) for path in folder.iterdir()):
         return
     if not (folder / RECIPE).is_file():
         raise InputError(
@@ -60,55 +62,64 @@ def require_usable(folder: Path, *, overwrite: bool, resume: bool) -> None:
 
 
 @contextmanager
-def created(folder: Path) -> Iterator[None]:
-    """Make the folder and its `data/`; what was made and is still empty goes again if the block fails."""
-    missing = [path for path in (folder / DATA, folder, *folder.parents) if not path.exists()]
+def prepared(folder: Path) -> Iterator[Path]:
+    """A temporary folder inside the run folder, with an empty `data/`. It goes at the end, and so do new, empty parents.
+
+    Raises:
+        RunError: the disk is full or fails.
+    """
+    temporary = folder / f".tmp-0-{os.getpid()}"  # named like a checkpoint on its way, so that it is swept up like one
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        (folder / DATA).mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException as error:
+        with disk_errors(folder):
+            remove(temporary)
+            (temporary / DATA).mkdir(parents=True)
+            yield temporary
+    finally:
+        remove(temporary)
         for path in missing:
-            with suppress(OSError):
+            with suppress(OSError):  # in use
                 path.rmdir()
-        if isinstance(error, OSError):
-            raise RunError(f"{error.filename or folder}: {error.strerror}") from error
-        raise
-
-
-def clear(folder: Path) -> None:
-    """Remove what an earlier run wrote, except the data, which this one has just written. Links are not followed."""
-    for path in (path for pattern in WRITTEN for path in folder.glob(pattern) if path.name != DATA):
-        _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextmanager
-def kept_if_refused(folder: Path) -> Iterator[None]:
-    """Put recipe and data of a run that is to be continued aside, and back if the block refuses to continue it."""
-    aside = folder / f".tmp-0-{os.getpid()}"  # named like a checkpoint on its way, so that it is swept up like one
+def installed(temporary: Path, folder: Path, recipe: str, *, overwrite: bool) -> Iterator[None]:
+    """Put the prepared data and the resolved recipe into the run folder.
+
+    Args:
+        temporary: what `prepared` gave.
+        recipe: text of `recipe.yaml`.
+        overwrite: remove what an earlier run wrote. Otherwise its recipe and data come back if the block raises
+            InputError, which refuses to continue it.
+    """
+    aside = temporary / "before"
     aside.mkdir()
-    for name in (RECIPE, DATA):
-        if (folder / name).exists():
-            (folder / name).rename(aside / name)
+    before = (folder / RECIPE).read_bytes() if (folder / RECIPE).is_file() else None
+    logs = set(folder.glob("rank-*.log"))
+    if overwrite:
+        clear(folder)
+    write_atomically(folder / RECIPE, recipe)
+    _exchange(temporary / DATA, folder / DATA, aside)
     try:
         yield
     except InputError:
-        for path in aside.iterdir():
-            _remove(folder / path.name)
-            path.rename(folder / path.name)
+        if before is not None and not overwrite:
+            write_atomically(folder / RECIPE, before)
+            _exchange(aside / DATA, folder / DATA, temporary)
+            for path in set(folder.glob("rank-*.log")) - logs:  # about the refusal, which has been said
+                remove(path)
         raise
-    finally:
-        shutil.rmtree(aside)
 
 
-def write_recipe(folder: Path, text: str) -> None:
-    """Write the resolved recipe, in one step, and never through a link."""
-    temporary = folder / f".{RECIPE}.{os.getpid()}"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(folder / RECIPE)
+def _exchange(new: Path, place: Path, old: Path) -> None:
+    """Move what is at `place` into the folder `old`, and `new` to its place."""
+    if place.exists() or place.is_symlink():
+        os.rename(place, old / place.name)
+    if new.exists():
+        os.rename(new, place)
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run wrote, except recipe and data, which are about to be replaced. Links are not followed."""
+    for path in (path for pattern in WRITTEN for path in folder.glob(pattern)):
+        remove(path)

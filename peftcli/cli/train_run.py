@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -89,15 +89,13 @@ def run(request: Request) -> None:
     if in_process and request.launcher_arguments:
         raise InputError("no launcher is used that could take these arguments", place="after `--`")
     run_folder.require_usable(folder, overwrite=request.overwrite, resume=resume is not None)
-    with run_folder.kept_if_refused(folder) if resume and folder.is_dir() else nullcontext():
-        with run_folder.created(folder):
-            setup = _set_up(request, folder / run_folder.DATA)
-            if resume is None:
-                run_folder.clear(folder)
-            run_folder.write_recipe(folder, dump_recipe(_to_store(request.recipe)))
-        if not request.as_json:
-            train_screens.show(setup)
-        result = _in_this_process(request, folder, resume) if in_process else _launched(request, folder, resume)
+    with run_folder.prepared(folder) as made:
+        setup = _set_up(request, made / run_folder.DATA)
+        text = dump_recipe(_to_store(request.recipe))
+        with run_folder.installed(made, folder, text, overwrite=resume is None):
+            if not request.as_json:
+                train_screens.show(setup)
+            result = _in_this_process(request, folder, resume) if in_process else _launched(request, folder, resume)
     if request.as_json:
         console.say_json(asdict(result))
     else:

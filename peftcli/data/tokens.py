@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from peftcli.files import write_atomically
 from peftcli.lazy import numpy as np
 
 if TYPE_CHECKING:
@@ -90,9 +90,7 @@ class TokenDataset:
 
         names = ("input_ids", "supervised", "offsets", "tasks")
         columns = dict(zip(names, self.columns(), strict=False))
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        unfinished.write_bytes(save(columns))
-        os.replace(unfinished, path)
+        write_atomically(path, save(columns))
 
     @classmethod
     def load(cls, path: Path) -> TokenDataset:

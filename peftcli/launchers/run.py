@@ -36,7 +36,8 @@ def run(command: Command, run_folder: Path, *, quiet: bool = False) -> None:
         RunError: if a rank failed, with the end of its `rank-N.log`; or with the shell's exit code after a signal.
         InputError: if the launcher refused its arguments.
     """
-    with (run_folder / LOG).open("wb") as log:
+    (run_folder / LOG).unlink(missing_ok=True)  # never written through a link
+    with (run_folder / LOG).open("xb") as log:
         process = subprocess.Popen(
             command.argv,
             env={**os.environ, **command.environment},

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.errors import InputError
+from peftcli.files import write_atomically
 
 if TYPE_CHECKING:
     from peftcli.training.loop import Trainer
@@ -40,6 +41,9 @@ class Callback:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo `state_dict`."""
 
+    def on_resume(self, trainer: Trainer) -> None:
+        """After the trainer and all callbacks were brought to where they stood at a checkpoint."""
+
 
 class EarlyStopping(Callback):
     """Ends training after `patience` evaluations in a row that were no better by more than `threshold`."""
@@ -55,6 +59,9 @@ class EarlyStopping(Callback):
             self.best, self.waited = value, 0
             return
         self.waited += 1
+        self.on_resume(trainer)
+
+    def on_resume(self, trainer: Trainer) -> None:
         if self.waited >= self.patience:
             trainer.stop(f"{trainer.metric} has not improved in {self.waited} evaluations")
 
@@ -73,7 +80,7 @@ class JsonLog(Callback):
 
     def on_train_begin(self, trainer: Trainer) -> None:
         kept = [row for row in read_log(self.path) if row["step"] <= trainer.progress.step]
-        self.path.write_text("".join(map(_line, kept)), encoding="utf-8")
+        write_atomically(self.path, "".join(map(_line, kept)))
 
     def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

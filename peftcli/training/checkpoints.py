@@ -26,8 +26,12 @@ MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 MAX_MANIFEST_BYTES = 8 << 20
 
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Errors that say a disk, a quota or a limit is used up."""
+
+_SYSTEM_ERROR = re.compile(r"os error (\d{1,4})")
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
-_TEMPORARY = re.compile(r"\.tmp-\d{1,15}-(\d{1,10})(-old)?")
+_TEMPORARY = re.compile(r"\.tmp-\d{1,15}-(\d{1,10})(-.{1,255})?")
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def new_checkpoint(run_folder: Path, step: int, facts: dict[str, Any], *, needed
         yield folder
         _seal(folder, {"format": MANIFEST_FORMAT, "step": step, **facts})
         target = run_folder / f"checkpoint-{step}"
-        if target.exists():  # left over from an attempt that was resumed from an earlier step
+        if target.exists() or target.is_symlink():  # left over from an attempt that was resumed from an earlier step
             discard(target)
         os.rename(folder, target)
         _flush(run_folder)
@@ -73,15 +77,32 @@ def temporary_folder(run_folder: Path, step: int, *, needed: int = 0) -> Iterato
     """
     folder = run_folder / f".tmp-{step}-{os.getpid()}"
     try:
-        run_folder.mkdir(parents=True, exist_ok=True)
-        _require_space(run_folder, needed)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        yield folder
-    except OSError as error:
-        raise _disk_error(error, run_folder, needed) from error
+        with disk_errors(run_folder, needed):
+            run_folder.mkdir(parents=True, exist_ok=True)
+            _require_space(run_folder, needed)
+            remove(folder)
+            folder.mkdir()
+            yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
+
+
+@contextmanager
+def disk_errors(folder: Path, needed: int = 0) -> Iterator[None]:
+    """Failures of the disk below `folder` become one message.
+
+    Raises:
+        RunError: with the path, and where the disk is full also the bytes that are needed and free.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if type(error).__name__ == "SafetensorError" and (told := _SYSTEM_ERROR.search(str(error))):
+            number = int(told[1])  # it has the system's error only in its text
+        if number is None:
+            raise
+        raise _disk_error(number, getattr(error, "filename", None) or folder, folder, needed) from error
 
 
 def flush_files(folder: Path) -> list[Path]:
@@ -110,9 +131,9 @@ def move_files(source: Path, target: Path) -> None:
 def discard(checkpoint: Path) -> None:
     """Delete a checkpoint so that a kill half-way leaves no half checkpoint: it loses its name first."""
     doomed = checkpoint.with_name(f".tmp-{step_of(checkpoint) or 0}-{os.getpid()}-old")
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove(doomed)
     os.rename(checkpoint, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove(doomed)
 
 
 def rotate(run_folder: Path, limit: int | None, keep: Collection[int]) -> None:
@@ -124,12 +145,25 @@ def rotate(run_folder: Path, limit: int | None, keep: Collection[int]) -> None:
         discard(path)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a folder or file is one that a run was still about to write."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
 def sweep(run_folder: Path) -> None:
-    """Remove temporary folders of processes that are gone."""
+    """Remove temporary folders and files of processes that are gone."""
     for path in run_folder.glob(".tmp-*"):
         match = _TEMPORARY.fullmatch(path.name)
         if match and not _alive(int(match[1])):
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link (not what it points to) or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 # -- reading --------------------------------------------------------------------------------------------------------
@@ -255,17 +289,36 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def require_room(run_folder: Path, count: int, size: int) -> None:
+    """Refuse to begin where `count` checkpoints of `size` bytes don't fit.
+
+    Raises:
+        RunError: with path, needed and free bytes.
+    """
+    with disk_errors(run_folder):
+        run_folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(run_folder).free
+    if free < count * size:
+        raise RunError(
+            f"{run_folder}: needs {count * size / 1e6:,.1f} MB for {count} checkpoints of {size / 1e6:,.1f} MB each, "
+            f"{free / 1e6:,.1f} MB are free: make room, choose another training.output_dir, or lower "
+            "training.save_total_limit"
+        )
+
+
 def _require_space(folder: Path, needed: int) -> None:
     if shutil.disk_usage(folder).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _disk_error(error: OSError, folder: Path, needed: int) -> RunError:
+def _disk_error(number: int, place: str | Path, folder: Path, needed: int) -> RunError:
+    if number not in FULL:
+        return RunError(f"{place}: {os.strerror(number)}")
     free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    wanted = f"needs {needed / 1e6:,.1f} MB, " if needed else ""
     return RunError(
-        f"{folder}: the checkpoint could not be written ({error.strerror or error}): "
-        f"needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free. Nothing was left half-written; "
-        "continue with --resume auto once there is room"
+        f"{place}: could not be written ({os.strerror(number)}): {wanted}{free / 1e6:,.1f} MB are free in {folder}. "
+        "Nothing was left half-written; continue with --resume auto once there is room"
     )
 
 

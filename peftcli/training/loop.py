@@ -67,6 +67,7 @@ class Trainer:
         callbacks: what happens around the loop; their states are saved with the first process's.
         export: writes the finished form of the adapter into a checkpoint, for other programs to load.
         received_signal: gives the number of a signal that asks to stop, or 0.
+        published_step: the step whose finished form an earlier run has written; resumed from there, nothing is left.
         manifest: further entries for the checkpoints' manifests.
         row_length: pack samples into rows of so many tokens; a batch is then rows, not samples.
         identity: by recipe field, what else a resumed run must share with the one it continues.
@@ -86,20 +87,21 @@ class Trainer:
         export: Callable[[Path], None] | None = None,
         received_signal: Callable[[], int] = lambda: 0,
         row_length: int | None = None,
+        published_step: int | None = None,
         manifest: dict[str, Any] | None = None,
         identity: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.train_data, self.eval_data = model, train_data, eval_data
         self.settings, self.folder, self.accelerator = settings, folder, accelerator
         self.pad_token_id, self.callbacks, self.export = pad_token_id, callbacks, export
-        self.received_signal, self.manifest, self.identity = received_signal, manifest or {}, identity or {}
+        self.received_signal, self.published_step = received_signal, published_step
+        self.manifest, self.identity = manifest or {}, identity or {}
         self.world_size, self.rank = accelerator.num_processes, accelerator.process_index
         self.row_length = row_length
         self.metric: str = settings.metric_for_best_model
         self.progress = state.Progress()
-        self.metrics: dict[str, float] | None = None
         self.stopped: str | None = None
-        self._logged_at, self._logged_tokens = 0.0, 0
+        self._began, self._logged_at, self._logged_tokens = 0.0, 0.0, 0
         self.steps_per_epoch = len(self._windows(0))
         self.total_steps = settings.max_steps
         if settings.max_steps < 0:
@@ -140,11 +142,12 @@ class Trainer:
         set_seed(self.settings.seed, device_specific=True)
         if checkpoint is not None:
             resume.load(self, checkpoint)
-        began = time.perf_counter()
+        resume.require_room(self)
         try:
             self._call("on_train_begin")
             self.model.train()
-            self._logged_at, self._logged_tokens = began, self.progress.tokens
+            self._logged_at, self._logged_tokens = time.perf_counter(), self.progress.tokens
+            self._began = self._logged_at - self.progress.seconds
             for window in self._remaining_windows():
                 signal_number = self._step(window)
                 self._after_step(signal_number)
@@ -152,16 +155,21 @@ class Trainer:
             self._bare_loss.unpadded.release()
             self._call("on_train_end")
         if self.settings.load_best_model_at_end and self.progress.best_step is not None:
-            state.load_trained(self.model, self.folder / f"checkpoint-{self.progress.best_step}")
+            resume.load_best(self)
         return Outcome(
             steps=self.progress.step,
             best_step=self.progress.best_step,
             best_metrics=self.progress.best_metrics,
-            metrics=self.metrics,
+            metrics=self.progress.metrics,
             tokens=self.progress.tokens,
             stopped=self.stopped,
-            seconds=time.perf_counter() - began,
+            seconds=self.progress.seconds,
         )
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or something has stopped the run for good."""
+        return self.progress.step >= self.total_steps or self.stopped is not None
 
     def stop(self, reason: str) -> None:
         """End training after this step (callbacks call it)."""
@@ -185,9 +193,9 @@ class Trainer:
 
     def _remaining_windows(self) -> Iterator[Window]:
         """The windows from where the run stands to its last step, over the epochs."""
-        while self.progress.step < self.total_steps:
+        while not self.finished:
             for window in self._windows(self.progress.epoch)[self.progress.window :]:
-                if self.progress.step >= self.total_steps or self.stopped:
+                if self.finished:
                     return
                 yield window
 
@@ -238,6 +246,7 @@ class Trainer:
 
     def _report(self, learning_rate: float, norm: float) -> None:
         progress, now = self.progress, time.perf_counter()
+        progress.seconds = now - self._began
         report = StepReport(
             step=progress.step,
             epoch=round(progress.epoch + progress.window / self.steps_per_epoch, 4),
@@ -260,7 +269,7 @@ class Trainer:
         improved = False
         if self.eval_data is not None and (last or self._due(settings.eval_strategy, settings.eval_steps)):
             improved = self._evaluate_and_compare()
-        last = last or self.stopped is not None
+        last = self.finished
         keep_best = improved and settings.load_best_model_at_end
         if signal_number or last or keep_best or self._due(settings.save_strategy, settings.save_steps):
             resume.save(self)
@@ -288,14 +297,14 @@ class Trainer:
         """Evaluate, tell the callbacks, and say whether this is the best step so far."""
         assert self.eval_data is not None
         began, progress = time.perf_counter(), self.progress
-        self.metrics = self.evaluate(self.eval_data)
+        progress.metrics = self.evaluate(self.eval_data)
         self._logged_at += time.perf_counter() - began  # evaluation doesn't count against tokens a second
         best = progress.best_metrics
-        improved = best is None or self.is_better(self.metrics[self.metric], best[self.metric])
+        improved = best is None or self.is_better(progress.metrics[self.metric], best[self.metric])
         if improved:
-            progress.best_step, progress.best_metrics = progress.step, self.metrics
-        self._call("on_log", {"step": progress.step, **self.metrics})
-        self._call("on_evaluate", self.metrics)
+            progress.best_step, progress.best_metrics = progress.step, progress.metrics
+        self._call("on_log", {"step": progress.step, **progress.metrics})
+        self._call("on_evaluate", progress.metrics)
         return improved
 
     # -- details ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor, nn  # noqa: TID253
 
 from peftcli.data.tokens import TokenDataset
 from peftcli.errors import RunError
+from peftcli.files import write_atomically
 from peftcli.recipe.schema import Recipe
 from peftcli.training.model import load_base, load_tokenizer
 from peftcli.training.quiet import quiet_transformers
@@ -57,13 +58,20 @@ class RunResult:
     plot: str
 
     def save(self, run_folder: Path) -> None:
-        text = json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
-        (run_folder / RESULT_NAME).write_text(text, encoding="utf-8")
+        write_atomically(run_folder / RESULT_NAME, json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def read(cls, run_folder: Path) -> RunResult:
         """What the worker of a finished run, in whatever process, left for the one that started it."""
         return cls(**json.loads((run_folder / RESULT_NAME).read_text(encoding="utf-8")))
+
+    @classmethod
+    def published_step(cls, run_folder: Path) -> int | None:
+        """The step at which a run has finished, if it has and what it left can still be read."""
+        try:
+            return cls.read(run_folder).steps
+        except (OSError, ValueError, TypeError):
+            return None
 
 
 def exporter(recipe: Recipe, model: Any) -> Export:

@@ -37,20 +37,24 @@ class Progress:
         epoch: epochs finished.
         window: optimizer steps done in the running epoch.
         tokens: tokens seen, without padding.
+        seconds: time in the loop.
         loss_sum: training loss since the last log entry, summed over labels.
         label_count: labels since the last log entry.
         best_step: step of the best evaluation.
         best_metrics: the evaluation there.
+        metrics: the last evaluation.
     """
 
     step: int = 0
     epoch: int = 0
     window: int = 0
     tokens: int = 0
+    seconds: float = 0.0
     loss_sum: float = 0.0
     label_count: int = 0
     best_step: int | None = None
     best_metrics: dict[str, float] | None = None
+    metrics: dict[str, float] | None = None
 
 
 # -- tensors --------------------------------------------------------------------------------------------------------

@@ -78,7 +78,8 @@ def run(run_folder: Path, *, resume: str | None = None, console: Console | None 
         log_with=list(recipe.training.report_to) or None,
         project_dir=run_folder / "trackers",
     )
-    with _rank_log(run_folder, accelerator.process_index), StopSignals() as signals:
+    rank_log = _rank_log(run_folder, accelerator.process_index)
+    with rank_log, checkpoints.disk_errors(run_folder), StopSignals() as signals:
         _require_processes(recipe, accelerator)
         worker = _Worker(recipe, run_folder, accelerator, console or Console())
         result = worker.run(resume, signals)
@@ -138,9 +139,8 @@ class _Worker:
         metrics = outcome.best_metrics if best else outcome.metrics
         card = model_card(self.recipe, self.report, metrics, step)
         (written / "README.md").write_text(card, encoding="utf-8")
+        plot_losses(read_log(self.folder / LOG_NAME), written / PLOT_NAME)
         checkpoints.move_files(written, self.folder)
-        plot = self.folder / PLOT_NAME
-        plot_losses(read_log(self.folder / LOG_NAME), plot)
         result = RunResult(
             folder=str(self.folder),
             steps=outcome.steps,
@@ -153,7 +153,7 @@ class _Worker:
             seconds=round(outcome.seconds, 3),
             tokens=outcome.tokens,
             memory=peak_memory(),
-            plot=str(plot),
+            plot=str(self.folder / PLOT_NAME),
         )
         result.save(self.folder)
         return result
@@ -185,6 +185,7 @@ class _Worker:
             export=export if self.recipe.adapter.config is not None else None,
             received_signal=lambda: signals.received,
             row_length=row_length(self.recipe),
+            published_step=RunResult.published_step(self.folder),
             manifest={"recipe": checkpoints.sha256(self.folder / RECIPE_NAME), "versions": versions()},
             identity=identity(self.recipe),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -58,45 +60,71 @@ def test_other_peoples_folders_are_left_alone(tmp_path: Path, overwrite: bool) -
         run_folder.require_usable(tmp_path, overwrite=overwrite, resume=not overwrite)
 
 
-def test_clear_removes_what_a_run_writes_and_nothing_else(finished: Path, tmp_path: Path) -> None:
-    run_folder.clear(finished)
-    assert names(finished) == {"data", "mine.txt"}
+def test_what_a_killed_run_was_about_to_write_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-0-123/data").mkdir(parents=True)
+    (tmp_path / ".tmp-0-123-recipe.yaml").touch()
+    run_folder.require_usable(tmp_path, overwrite=False, resume=True)
+    (tmp_path / ".tmp-mine").mkdir()
+    with pytest.raises(InputError, match="no run wrote it"):
+        run_folder.require_usable(tmp_path, overwrite=True, resume=False)
+
+
+@contextmanager
+def installed(folder: Path, recipe: str = "another", *, overwrite: bool = False) -> Iterator[None]:
+    with run_folder.prepared(folder) as made:
+        (made / "data/new").touch()
+        with run_folder.installed(made, folder, recipe, overwrite=overwrite):
+            yield
+
+
+def test_overwriting_removes_what_a_run_writes_and_nothing_else(finished: Path, tmp_path: Path) -> None:
+    with installed(finished, overwrite=True):
+        left = {path for path in names(finished) if not path.startswith(".tmp-0-")}
+    assert left == {
+        "data",
+        "recipe.yaml",
+        "mine.txt",
+        ".tmp-4-1",
+    }  # a temporary folder is swept once its process is dead
+    assert names(finished / "data") == {"new"}
+    assert (finished / "recipe.yaml").read_text() == "another"
     assert (tmp_path / "precious/z").exists()
 
 
 def test_nothing_is_left_of_a_refused_run(tmp_path: Path) -> None:
     folder = tmp_path / "a/b/run"
-    with pytest.raises(InputError), run_folder.created(folder):
-        assert (folder / "data").is_dir()
+    with pytest.raises(InputError), run_folder.prepared(folder) as made:
+        assert (made / "data").is_dir()
         raise InputError("no")
     assert not (tmp_path / "a").exists() and tmp_path.exists()
 
 
 def test_a_disk_that_fails_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="/x: No space left"), run_folder.created(tmp_path / "run"):
+    with pytest.raises(RunError, match=r"/x: could not be written \(No space left.*MB are free"), \
+         run_folder.prepared(tmp_path / "run"):  # fmt: skip
         raise OSError(28, "No space left on device", "/x")
 
 
 def test_a_refused_resume_changes_nothing(finished: Path) -> None:
     before = {path: path.read_text() for path in finished.rglob("*") if path.is_file()}
-    with pytest.raises(InputError), run_folder.kept_if_refused(finished), run_folder.created(finished):
-        run_folder.write_recipe(finished, "another")
-        (finished / "data/new").touch()
+    with pytest.raises(InputError), installed(finished):
+        assert (finished / "recipe.yaml").read_text() == "another"
         raise InputError("the batch size has changed")
     assert {path: path.read_text() for path in finished.rglob("*") if path.is_file()} == before
 
 
 def test_a_resume_that_fails_later_keeps_what_it_wrote(finished: Path) -> None:
-    with pytest.raises(RunError), run_folder.kept_if_refused(finished), run_folder.created(finished):
-        run_folder.write_recipe(finished, "another")
+    with pytest.raises(RunError), installed(finished):
         raise RunError("out of memory")
     assert (finished / "recipe.yaml").read_text() == "another"
+    assert names(finished / "data") == {"new"}
     assert not list(finished.glob(".tmp-0-*"))
 
 
 def test_the_recipe_is_not_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("mine")
     (tmp_path / "recipe.yaml").symlink_to(tmp_path / "victim")
-    run_folder.write_recipe(tmp_path, "theirs")
+    with installed(tmp_path, "theirs", overwrite=True):
+        pass
     assert (tmp_path / "victim").read_text() == "mine" and (tmp_path / "recipe.yaml").read_text() == "theirs"
-    assert names(tmp_path) == {"victim", "recipe.yaml"}
+    assert not (tmp_path / "recipe.yaml").is_symlink()

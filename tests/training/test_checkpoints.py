@@ -156,7 +156,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(RunError, match=r"No space left on device.*needs .* MB, .* MB are free"), \
-         new_checkpoint(tmp_path, 1, {}) as folder:  # fmt: skip
+         new_checkpoint(tmp_path, 1, {}, needed=1000) as folder:  # fmt: skip
         fill(folder)
     with pytest.raises(RunError, match=r"No space left on device"), new_checkpoint(tmp_path, 1, {}, needed=1 << 60):
         pytest.fail("started to write without room")

@@ -146,8 +146,8 @@ def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
     values = {"max_steps": 2, "save_strategy": "steps", "lr_scheduler_type": "constant"}
     trainer(tmp_path, **values).train()
     with pytest.raises(InputError, match="nothing is left to train"):
-        trainer(tmp_path, **values).train(tmp_path / "checkpoint-2")
-    outcome = trainer(tmp_path, **{**values, "max_steps": 3}).train(tmp_path / "checkpoint-2")
+        trainer(tmp_path, published_step=2, **values).train(tmp_path / "checkpoint-2")
+    outcome = trainer(tmp_path, published_step=2, **{**values, "max_steps": 3}).train(tmp_path / "checkpoint-2")
     assert outcome.steps == 3
 
 

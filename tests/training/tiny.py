@@ -83,7 +83,16 @@ class Recorder(Callback):
 
 def trainer(folder: Path, model: nn.Module | None = None, **values: Any) -> Trainer:
     """A one-process trainer of a tiny Llama; `values` are settings, or Trainer's arguments."""
-    names = ("train_data", "eval_data", "callbacks", "export", "received_signal", "manifest", "row_length")
+    names = (
+        "train_data",
+        "eval_data",
+        "callbacks",
+        "export",
+        "received_signal",
+        "published_step",
+        "manifest",
+        "row_length",
+    )
     arguments = {name: values.pop(name) for name in names if name in values}
     data = arguments.pop("train_data", None) or random_data()
     return Trainer(
