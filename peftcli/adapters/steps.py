@@ -30,6 +30,11 @@ def add_regularization(attached: Attached | None, loss: Tensor) -> Tensor:
     return loss
 
 
+def follows_steps(attached: Attached | None) -> bool:
+    """Whether any method that is trained has something to do in `after_step`."""
+    return any(method.after_step.__func__ is not Adapter.after_step.__func__ for _, method, _ in _trained(attached))  # type: ignore[attr-defined]
+
+
 def after_step(attached: Attached | None, step: int) -> None:
     """What methods do after an optimizer step, gradients still there. `step` counts from 1."""
     for config, method, sites in _trained(attached):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from peftcli.cli import console, run_folder, train_screens
 from peftcli.errors import InputError
 from peftcli.launchers import command as launcher_command
+from peftcli.launchers import configs as launcher_configs
 from peftcli.launchers.run import run as run_processes
 from peftcli.launchers.run import worker_arguments
 from peftcli.recipe.load import dump_recipe
@@ -48,13 +49,24 @@ class Request:
 
 @dataclass(frozen=True)
 class Setup:
-    """A run of which everything is known but the result."""
+    """A run of which everything is known but the result.
+
+    Attributes:
+        request: what was asked for.
+        tokenizer: of the base.
+        outline: of the model.
+        prepared: the data.
+        processes: how many there will be.
+        launcher: the strategy's file, completed.
+        memory: what each process will need.
+    """
 
     request: Request
     tokenizer: Any
     outline: Outline
     prepared: Prepared
     processes: int
+    launcher: dict[str, Any]
     memory: MemoryPlan | None
 
 
@@ -91,6 +103,7 @@ def run(request: Request) -> None:
     run_folder.require_usable(folder, overwrite=request.overwrite, resume=resume is not None)
     with run_folder.prepared(folder) as made:
         setup = _set_up(request, made / run_folder.DATA)
+        launcher_configs.write(made / run_folder.DATA, setup.launcher)
         text = dump_recipe(_to_store(request.recipe))
         with run_folder.installed(made, folder, text, overwrite=resume is None):
             if not request.as_json:
@@ -119,16 +132,17 @@ def _set_up(request: Request, data_folder: Path) -> Setup:
     from peftcli.training.quantized import check_quantization
 
     recipe = request.recipe
+    processes = launcher_command.processes(recipe.launcher)
+    launcher = launcher_configs.resolve(recipe, processes)
     require_trackers(recipe.training.report_to)
     check_optimizer(recipe.training)
     check_quantization(recipe.quantization, open_base(recipe.model).facts)
     model = outline(recipe)
     tokenizer = load_tokenizer(recipe.model)
-    processes = launcher_command.processes(recipe.launcher)
     with _progress() as progress:
         prepared = prepare(recipe.data, tokenizer, folder=data_folder, seed=recipe.training.seed, progress=progress)
     memory = plan_memory(recipe, prepared.train, prepared.eval, processes=processes)
-    return Setup(request, tokenizer, model, prepared, processes, memory)
+    return Setup(request, tokenizer, model, prepared, processes, launcher, memory)
 
 
 def _in_this_process(request: Request, folder: Path, resume: str | None) -> RunResult:

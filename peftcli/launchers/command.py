@@ -6,18 +6,14 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftcli.errors import InputError
+from peftcli.launchers import configs
 
 if TYPE_CHECKING:
     from peftcli.recipe.schema import LauncherSection
 
 WORKER = "peftcli.training.worker"
-CONFIGS = Path(str(files("peftcli"))) / "configs"
-"""Launcher files, also at the repository's top as `configs/`."""
 
 
 @dataclass(frozen=True)
@@ -60,26 +56,11 @@ def command(
         base: the current environment.
     """
     count = processes(launcher)
-    config = config_file(launcher.config, "ddp" if count > 1 else "single")
+    named = launcher.config if launcher.type in ("auto", "accelerate") else None
+    config = configs.find("accelerate", named or ("ddp" if count > 1 else "single"))
     argv = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     argv += ["--num_processes", str(count), *extra, "--module", WORKER, *worker_arguments]
     return Command(argv, _environment(base, count))
-
-
-def config_file(name: str | None, default: str) -> Path:
-    """A launcher file: by its path, or by the name of one of ours.
-
-    Raises:
-        InputError: if there is none.
-    """
-    folder = CONFIGS / "accelerate"
-    if name is not None and os.path.isabs(name):
-        return Path(name)
-    file = folder / f"{name or default}.yaml"
-    if not file.is_file():
-        known = sorted(item.stem for item in folder.glob("*.yaml"))
-        raise InputError("there is no such launcher file", field="launcher.config", allowed=", ".join(known))
-    return file
 
 
 def _environment(base: Mapping[str, str], count: int) -> dict[str, str]:

@@ -7,21 +7,20 @@ from collections.abc import Sequence
 
 import torch  # noqa: TID253
 from accelerate import Accelerator  # noqa: TID253
-from torch import Tensor  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
 
 from peftcli.data.tokens import TokenDataset
 from peftcli.errors import RunError
 from peftcli.training.batches import evaluation_batches, to_batch
-from peftcli.training.losses import CausalLMLoss
 
 
 def evaluate(
-    loss: CausalLMLoss, data: TokenDataset, *, batch_size: int, pad_token_id: int, accelerator: Accelerator
+    loss: nn.Module, data: TokenDataset, *, batch_size: int, pad_token_id: int, accelerator: Accelerator
 ) -> dict[str, float]:
     """Score `data`; each process takes its part, and only three sums travel between them.
 
     Args:
-        loss: the bare module: DDP has nothing to synchronise here.
+        loss: gives a batch's scores; DDP would have nothing to synchronise here, so it is the bare module there.
         data: what is predicted.
         batch_size: samples per process in one forward pass.
         pad_token_id: fills rows up.

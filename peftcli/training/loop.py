@@ -10,19 +10,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch  # noqa: TID253
-from accelerate import Accelerator  # noqa: TID253
-from accelerate.optimizer import AcceleratedOptimizer  # noqa: TID253
 from accelerate.utils import set_seed  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm  # noqa: TID253
 
 from peftcli.adapters.engine import attached_to, user_model
-from peftcli.adapters.steps import add_regularization, after_step, begin_training
+from peftcli.adapters.steps import add_regularization, after_step, begin_training, follows_steps
 from peftcli.data.tokens import TokenDataset
 from peftcli.recipe.training_section import TrainingSection
 from peftcli.training import resume, state
@@ -35,6 +31,7 @@ from peftcli.training.optimizers import build_optimizer, build_scheduler
 from peftcli.training.progress import peak_memory
 from peftcli.training.reports import Outcome, StepReport
 from peftcli.training.signals import Interrupted
+from peftcli.training.strategies.plain import Strategy
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -61,7 +58,7 @@ class Trainer:
         train_data: what it learns.
         settings: the recipe's `training` section.
         folder: the run folder; checkpoints go there.
-        accelerator: of one process or many, without gradient accumulation of its own.
+        strategy: how the model is spread over the processes.
         eval_data: what decides which step is the best.
         pad_token_id: fills rows up; any id does.
         callbacks: what happens around the loop; their states are saved with the first process's.
@@ -80,7 +77,7 @@ class Trainer:
         settings: TrainingSection,
         folder: Path,
         *,
-        accelerator: Accelerator,
+        strategy: Strategy,
         eval_data: TokenDataset | None = None,
         pad_token_id: int = 0,
         callbacks: Sequence[Callback] = (),
@@ -92,7 +89,8 @@ class Trainer:
         identity: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.train_data, self.eval_data = model, train_data, eval_data
-        self.settings, self.folder, self.accelerator = settings, folder, accelerator
+        self.settings, self.folder, self.strategy = settings, folder, strategy
+        self.accelerator = accelerator = strategy.accelerator
         self.pad_token_id, self.callbacks, self.export = pad_token_id, callbacks, export
         self.received_signal, self.published_step = received_signal, published_step
         self.manifest, self.identity = manifest or {}, identity or {}
@@ -114,17 +112,18 @@ class Trainer:
             checkpoint_activations(self.model)
         self.adapters = attached_to(user_model(self.model))
         begin_training(self.adapters, self.total_steps)
-        optimizer = build_optimizer(self.model, self.settings)
-        self.names = state.parameter_names(self.model, optimizer)
-        # Not prepared by Accelerate, which would take one schedule step for each process.
-        self.scheduler = build_scheduler(optimizer, self.settings, self.total_steps)
+        self._follows_steps = follows_steps(self.adapters)
         self._bare_loss = CausalLMLoss(
             self.model, bf16=uses_autocast(self.model, self.settings), packed=self.row_length is not None
         )
-        self.loss: nn.Module
-        self.optimizer: AcceleratedOptimizer
-        self.loss, self.optimizer = self.accelerator.prepare(self._bare_loss, optimizer)
-        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.strategy.prepare(
+            self.model,
+            self._bare_loss,
+            lambda: build_optimizer(self.model, self.settings),
+            keep_gradients=self._follows_steps,
+        )
+        # Not prepared by Accelerate, which would take one schedule step for each process.
+        self.scheduler = build_scheduler(self.strategy.optimizer, self.settings, self.total_steps)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -210,26 +209,25 @@ class Trainer:
         losses = []
         for number, batch in enumerate(window, start=1):
             last = number == len(window)
-            self.accelerator.sync_gradients = last
-            with nullcontext() if last else self.accelerator.no_sync(self.loss):
-                loss = self.loss(self._batch(self.train_data, batch))
+            with self.strategy.batch(last=last):
+                loss = self.strategy.loss(self._batch(self.train_data, batch))
                 # Processes average their gradients; the loss is a sum over all of them.
                 share = loss * (self.world_size / labels)
-                self.accelerator.backward(add_regularization(self.adapters, share) if last else share)
+                self.strategy.backward(add_regularization(self.adapters, share) if last else share)
             losses.append(loss.detach())
         self._bare_loss.unpadded.release()
-        norm = get_total_norm([p.grad for p in self.trainable if p.grad is not None])
+        norm = self.strategy.gradient_norm()
         local_loss = float(torch.stack(losses).sum())
         sums = self._gather([local_loss, float(self._lengths[indices].sum()), self.received_signal()])
         loss_sum, tokens = float(sums[:, 0].sum()), int(sums[:, 1].sum())
         if not (math.isfinite(loss_sum) and math.isfinite(norm)):
             raise not_finite(self, window, losses)
-        if self.settings.max_grad_norm:
-            clip_grads_with_norm_(self.trainable, self.settings.max_grad_norm, norm)
         learning_rate = float(self.scheduler.get_last_lr()[0])
-        self.optimizer.step()
-        after_step(self.adapters, self.progress.step + 1)
-        self.optimizer.zero_grad()
+        self.strategy.step(norm, self.settings.max_grad_norm)
+        if self._follows_steps:
+            with self.strategy.whole(gradients=True, write=True):
+                after_step(self.adapters, self.progress.step + 1)
+        self.strategy.zero_grad()
         self.scheduler.step()
         self._advance(loss_sum, labels, tokens)
         self._report(learning_rate, float(norm))
@@ -286,7 +284,7 @@ class Trainer:
     def evaluate(self, data: TokenDataset) -> dict[str, float]:
         """Mean loss, perplexity and share of supervised tokens predicted right."""
         return evaluate(
-            self._bare_loss,
+            self.strategy.scoring,
             data,
             batch_size=self.settings.per_device_eval_batch_size,
             pad_token_id=self.pad_token_id,

@@ -11,12 +11,15 @@ from typing import Any
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
+from peftcli.adapters.checkpoint import load_state, read_tensors
+from peftcli.adapters.engine import adapters_of
 from peftcli.data.tokens import TokenDataset
 from peftcli.errors import RunError
 from peftcli.files import write_atomically
 from peftcli.recipe.schema import Recipe
 from peftcli.training.model import load_base, load_tokenizer
 from peftcli.training.quiet import quiet_transformers
+from peftcli.training.strategies.plain import Strategy
 
 RESULT_NAME = "result.json"
 PROBE_TOKENS = 64
@@ -114,7 +117,35 @@ def reload_difference(recipe: Recipe, folder: Path, probe: dict[str, Tensor], ex
 
         base = load_base(recipe.model, recipe.quantization, device=device)
         model = PeftModel.from_pretrained(base, folder)
-    difference = float((probe_logits(model, probe) - expected).abs().max())
+    return _difference(probe_logits(model, probe), expected, folder)
+
+
+def reread_difference(
+    strategy: Strategy, model: nn.Module, folder: Path | None, probe: dict[str, Tensor], expected: Tensor
+) -> float:
+    """As `reload_difference`, for a base that no process holds whole: the files are read back into the live model.
+
+    Its trained values are wiped out before, so that one the files don't hold could not go unnoticed. Every process calls
+    this.
+
+    Args:
+        folder: where the files are; None on all processes but the first.
+    """
+    attached = adapters_of(model)
+    with strategy.whole(write=True):
+        if folder is not None:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.fill_(torch.nan)
+            load_state(attached, attached.active[0], read_tensors(folder), place=folder)
+    with strategy.forwarding():
+        logits = probe_logits(model, probe)
+    return _difference(logits, expected, folder or Path())
+
+
+def _difference(logits: Tensor, expected: Tensor, folder: Path) -> float:
+    difference = float((logits - expected).abs().max())
     if not difference <= TOLERANCE * float(expected.abs().max()):
         raise RunError(
             f"{folder}: the written files are not the model that was trained: logits differ by {difference:.3g}. "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object  # noqa: TID253
+from torch import Tensor  # noqa: TID253
 
 from peftcli.errors import InputError, RunError
 from peftcli.training import checkpoints, state
@@ -35,27 +36,35 @@ def save(trainer: Trainer) -> Path:
     """
     progress = trainer.progress
     random_states = gather_object([state.random_states()])
-    if trainer.accelerator.is_main_process:
-        trained = state.trained_tensors(trainer.model)
-        moments, plain = state.split_optimizer(trainer.optimizer.optimizer, trainer.names)
-        content = {
-            "progress": asdict(progress),
-            "identity": identity(trainer),
-            "optimizer": plain,
-            "scheduler": trainer.scheduler.state_dict(),
-            "callbacks": {type(callback).__name__: callback.state_dict() for callback in trainer.callbacks},
-            "random": random_states,
-        }
-        needed = _bytes((t.nbytes for t in trained.values()), (t.nbytes for t in moments.values()))
-        with checkpoints.new_checkpoint(trainer.folder, progress.step, trainer.manifest, needed=needed) as folder:
-            state.save_tensors(trained, folder / state.TRAINABLE)
-            state.save_tensors(moments, folder / state.OPTIMIZER)
-            state.write_trainer(folder, content)
-            if trainer.export is not None:
-                trainer.export(folder)
+    moments, plain = trainer.strategy.optimizer_state()
+    with trainer.strategy.whole():
+        if trainer.accelerator.is_main_process:
+            _write(trainer, moments, plain, random_states)
     _rotate(trainer)
     trainer.accelerator.wait_for_everyone()
     return trainer.folder / f"checkpoint-{progress.step}"
+
+
+def _write(
+    trainer: Trainer, moments: dict[str, Tensor], plain: dict[str, Any], random_states: list[dict[str, Any]]
+) -> None:
+    """The first process's part of `save`."""
+    trained = state.trained_tensors(trainer.model)
+    content = {
+        "progress": asdict(trainer.progress),
+        "identity": identity(trainer),
+        "optimizer": plain,
+        "scheduler": trainer.scheduler.state_dict(),
+        "callbacks": {type(callback).__name__: callback.state_dict() for callback in trainer.callbacks},
+        "random": random_states,
+    }
+    needed = _bytes((t.nbytes for t in trained.values()), (t.nbytes for t in moments.values()))
+    with checkpoints.new_checkpoint(trainer.folder, trainer.progress.step, trainer.manifest, needed=needed) as folder:
+        state.save_tensors(trained, folder / state.TRAINABLE)
+        state.save_tensors(moments, folder / state.OPTIMIZER)
+        state.write_trainer(folder, content)
+        if trainer.export is not None:
+            trainer.export(folder)
 
 
 def _rotate(trainer: Trainer) -> None:
@@ -95,8 +104,9 @@ def load(trainer: Trainer, folder: Path) -> None:
     content = state.read_trainer(folder)
     state.require_same(content["identity"], identity(trainer), folder)
     progress = state.Progress(**content["progress"])
-    state.load_trained(trainer.model, folder)
-    state.join_optimizer(trainer.optimizer.optimizer, trainer.names, folder, content["optimizer"])
+    with trainer.strategy.whole(write=True):
+        state.load_trained(trainer.model, folder)
+    trainer.strategy.load_optimizer_state(folder, content["optimizer"])
     trainer.scheduler.load_state_dict(content["scheduler"])
     best = trainer.folder / f"checkpoint-{progress.best_step}"
     needs_best = trainer.settings.load_best_model_at_end and progress.best_step is not None
@@ -133,7 +143,8 @@ def load_best(trainer: Trainer) -> None:
     folder = trainer.folder / f"checkpoint-{trainer.progress.best_step}"
     if reason := checkpoints.damage(folder):
         raise RunError(f"{folder}, the best step, can't be taken as the result: {reason}; --resume auto seeks another")
-    state.load_trained(trainer.model, folder)
+    with trainer.strategy.whole(write=True):
+        state.load_trained(trainer.model, folder)
 
 
 def _bytes(trained: Iterable[int], moments: Iterable[int] = ()) -> int:

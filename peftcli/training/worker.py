@@ -8,16 +8,15 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: TID253
-from accelerate import Accelerator  # noqa: TID253
 from accelerate.utils import set_seed  # noqa: TID253
 from rich.console import Console
 from torch import nn  # noqa: TID253
@@ -26,7 +25,7 @@ from peftcli import __version__, get_peft_model
 from peftcli.adapters.config import TaskType
 from peftcli.adapters.quantized import is_quantized
 from peftcli.data.tokens import TokenDataset
-from peftcli.errors import EXIT_FAILURE, InputError, PeftCliError, RunError, printable
+from peftcli.errors import EXIT_FAILURE, InputError, PeftCliError, printable
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.redact import redact
 from peftcli.recipe.schema import Recipe
@@ -44,12 +43,21 @@ from peftcli.training.callbacks import (
 )
 from peftcli.training.card import base_name, model_card
 from peftcli.training.loop import Trainer
-from peftcli.training.model import load_base
 from peftcli.training.progress import ProgressBar, peak_memory
-from peftcli.training.publish import Export, RunResult, exporter, probe_logits, probe_of, reload_difference
+from peftcli.training.publish import (
+    Export,
+    RunResult,
+    exporter,
+    probe_logits,
+    probe_of,
+    reload_difference,
+    reread_difference,
+)
 from peftcli.training.reports import Outcome
 from peftcli.training.signals import Interrupted, StopSignals
 from peftcli.training.starts import start_from_data
+from peftcli.training.strategies import make_strategy
+from peftcli.training.strategies.plain import Strategy
 
 RECIPE_NAME = "recipe.yaml"
 PLOT_NAME = "loss.png"
@@ -73,27 +81,23 @@ def run(run_folder: Path, *, resume: str | None = None, console: Console | None 
     """
     recipe = load_recipe(run_folder / RECIPE_NAME, check_paths=False)
     require_trackers(recipe.training.report_to)
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        log_with=list(recipe.training.report_to) or None,
-        project_dir=run_folder / "trackers",
-    )
-    rank_log = _rank_log(run_folder, accelerator.process_index)
+    rank = int(os.environ.get("RANK", "0"))
+    rank_log = _rank_log(run_folder, rank)
     with rank_log, checkpoints.disk_errors(run_folder), StopSignals() as signals:
-        _require_processes(recipe, accelerator)
-        worker = _Worker(recipe, run_folder, accelerator, console or Console())
+        strategy = make_strategy(recipe, run_folder)
+        worker = _Worker(recipe, run_folder, strategy, console or Console())
         result = worker.run(resume, signals)
-        accelerator.wait_for_everyone()  # a process that leaves early takes the others' connections along
-        accelerator.end_training()
+        strategy.accelerator.wait_for_everyone()  # a process that leaves early takes the others' connections along
+        strategy.accelerator.end_training()
     return result
 
 
 class _Worker:
     """One process of a run."""
 
-    def __init__(self, recipe: Recipe, folder: Path, accelerator: Accelerator, console: Console) -> None:
-        self.recipe, self.folder, self.accelerator, self.console = recipe, folder, accelerator, console
-        self.is_main = accelerator.is_main_process
+    def __init__(self, recipe: Recipe, folder: Path, strategy: Strategy, console: Console) -> None:
+        self.recipe, self.folder, self.strategy, self.console = recipe, folder, strategy, console
+        self.device, self.is_main = strategy.accelerator.device, strategy.accelerator.is_main_process
         self.report = json.loads((folder / "data" / "report.json").read_text(encoding="utf-8"))
         self.train_data = TokenDataset.load(folder / "data" / "train.safetensors")
         held_out = folder / "data" / "eval.safetensors"
@@ -104,23 +108,33 @@ class _Worker:
         set_seed(self.recipe.training.seed)
         model = self._model()
         export = exporter(self.recipe, model)
-        outcome = self._trainer(model, export, signals).train(checkpoint)
-        if not self.is_main:
-            return None
-        probe = probe_of(self.train_data, self.accelerator.device)
-        with checkpoints.temporary_folder(self.folder, outcome.steps) as written:
-            export(written)
+        trainer = self._trainer(model, export, signals)
+        self._say(self.strategy.describe())
+        outcome = trainer.train(checkpoint)
+        probe = probe_of(self.train_data, self.device)
+        with self.strategy.forwarding():
             expected = probe_logits(model, probe)
-            # Two bases may not fit into memory together: this one goes, with gradients and moments.
-            del model, export
-            self.accelerator.free_memory()
-            difference = reload_difference(self.recipe, written, probe, expected)
-            return self._finish(outcome, written, difference)
+        with self._temporary_folder(outcome.steps) as written:
+            with self.strategy.whole():
+                if written is not None:
+                    export(written)
+            if self.strategy.shards_base and self.recipe.adapter.config is not None:
+                difference = reread_difference(self.strategy, model, written, probe, expected)
+            elif written is not None:
+                # Two bases may not fit into memory together: this one goes, with gradients and moments.
+                del model, export, trainer
+                self.strategy.finish()
+                difference = reload_difference(self.recipe, written, probe, expected)
+            return None if written is None else self._finish(outcome, written, difference)
+
+    def _temporary_folder(self, step: int) -> AbstractContextManager[Path | None]:
+        """Where the first process writes what is finished; None for the others."""
+        return checkpoints.temporary_folder(self.folder, step) if self.is_main else nullcontext()
 
     def _model(self) -> nn.Module:
         """The base with a fresh adapter, or with every weight trainable for the method `full`."""
-        recipe, device = self.recipe, self.accelerator.device
-        base = load_base(recipe.model, recipe.quantization, device=device)
+        recipe = self.recipe
+        base = self.strategy.load_base(recipe.model, recipe.quantization)
         if recipe.adapter.config is None:
             if any(is_quantized(module) for module in base.modules()):
                 raise InputError("the base is stored quantised, and can't be trained in full", field="adapter.method")
@@ -128,8 +142,9 @@ class _Worker:
         config = copy.deepcopy(recipe.adapter.config)
         config.task_type = TaskType(recipe.model.task_type)
         pad = self.report["pad_token_id"]
-        config = start_from_data(base, config, self.train_data, recipe.training, pad, device)
-        return get_peft_model(base, config, revision=recipe.model.revision)
+        config = start_from_data(base, config, self.train_data, recipe.training, pad, self.device)
+        with self.strategy.attaching(base):
+            return get_peft_model(base, config, revision=recipe.model.revision)
 
     def _finish(self, outcome: Outcome, written: Path, difference: float) -> RunResult:
         """Put what was verified in its place, with card, plot and result."""
@@ -177,7 +192,7 @@ class _Worker:
             self.train_data,
             self.recipe.training,
             self.folder,
-            accelerator=self.accelerator,
+            strategy=self.strategy,
             eval_data=self.eval_data,
             pad_token_id=self.report["pad_token_id"],
             callbacks=self._callbacks(),
@@ -218,16 +233,6 @@ def identity(recipe: Recipe) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of what decides whether a run can be continued bit for bit."""
     return {"peftcli": __version__, **{name: version(name) for name in ("torch", "transformers", "accelerate")}}
-
-
-def _require_processes(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Die at once where a launcher silently started fewer processes than it was asked for."""
-    wanted = 1 if recipe.launcher.type == "none" else recipe.launcher.num_processes
-    if wanted not in ("auto", accelerator.num_processes):
-        raise RunError(
-            f"the recipe asks for {wanted} processes, but {accelerator.num_processes} came up "
-            f"({accelerator.distributed_type.value})"
-        )
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from peftcli.errors import InputError
-from peftcli.launchers.command import CONFIGS, command, config_file, in_process, processes
+from peftcli.launchers.command import command, in_process, processes
+from peftcli.launchers.configs import CONFIGS, find
 from peftcli.recipe.schema import LauncherSection
 
 HEAD = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
@@ -43,7 +44,7 @@ def test_own_config(tmp_path: Path) -> None:
     assert argv(type="accelerate", num_processes=2, config="single")[4] == str(CONFIGS / "accelerate/single.yaml")
     assert argv(type="accelerate", num_processes=2, config=str(tmp_path / "x.yaml"))[4] == str(tmp_path / "x.yaml")
     with pytest.raises(InputError, match=r"launcher.config: .*\n.*allowed: ddp, single"):
-        config_file("zero9", "ddp")
+        find("accelerate", "zero9")
 
 
 def test_in_this_process() -> None:

@@ -318,10 +318,10 @@ def test_clipping_scales_the_whole_gradient(tmp_path: Path) -> None:
 
 def test_bf16_autocast_only_for_float32(tmp_path: Path) -> None:
     run = trainer(tmp_path, bf16=True, max_steps=1)
-    assert run._bare_loss.bf16
+    assert run.strategy.scoring.bf16
     run.train()
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
-    assert not trainer(tmp_path, tiny_llama().bfloat16(), bf16=True)._bare_loss.bf16
+    assert not trainer(tmp_path, tiny_llama().bfloat16(), bf16=True).strategy.scoring.bf16
 
 
 def test_training_learns(tmp_path: Path) -> None:

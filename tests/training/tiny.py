@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -15,6 +14,7 @@ from peftcli.data.tokens import TokenDataset
 from peftcli.recipe.training_section import TrainingSection
 from peftcli.training.callbacks import Callback
 from peftcli.training.loop import Trainer
+from peftcli.training.strategies.plain import Strategy
 
 VOCABULARY = 97
 
@@ -95,6 +95,5 @@ def trainer(folder: Path, model: nn.Module | None = None, **values: Any) -> Trai
     )
     arguments = {name: values.pop(name) for name in names if name in values}
     data = arguments.pop("train_data", None) or random_data()
-    return Trainer(
-        model or tiny_llama(), data, settings(**values), folder, accelerator=Accelerator(cpu=True), **arguments
-    )
+    section = settings(**values)
+    return Trainer(model or tiny_llama(), data, section, folder, strategy=Strategy(section), **arguments)

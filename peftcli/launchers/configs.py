@@ -1,0 +1,92 @@
+"""Launcher files: found by name or path, checked against the recipe, completed, and kept in the run folder.
+
+| launcher.type | file | read by |
+|---|---|---|
+| none, auto, accelerate | `accelerate/*.yaml` | `accelerate launch` |
+| deepspeed | `deepspeed/*.json`, DeepSpeed's own format | the worker |
+| fsdp | `fsdp/*.yaml`, accelerate's format; only `fsdp_config` counts | the worker |
+
+Processes are always started by `accelerate launch` with one of `accelerate/`. Values that the recipe decides are `auto` in
+a strategy's file; one that says something else than the recipe is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcli.errors import InputError
+
+if TYPE_CHECKING:
+    from peftcli.recipe.schema import Recipe
+
+CONFIGS = Path(str(files("peftcli"))) / "configs"
+"""Launcher files, also at the repository's top as `configs/`."""
+
+RESOLVED = "launcher.json"
+"""The strategy's file, completed; in the run folder's `data/`, which comes and goes with the recipe."""
+
+SUFFIX = {"accelerate": ".yaml", "deepspeed": ".json", "fsdp": ".yaml"}
+DEFAULTS = {"deepspeed": "zero2", "fsdp": "fsdp"}
+
+
+def find(kind: str, name: str) -> Path:
+    """A launcher file: by its path, or by the name of one of ours.
+
+    Args:
+        kind: `accelerate`, `deepspeed` or `fsdp`.
+        name: as in `launcher.config`; paths are absolute.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if os.path.isabs(name):
+        return Path(name)
+    file = CONFIGS / kind / f"{name}{SUFFIX[kind]}"
+    if not file.is_file():
+        known = sorted(item.stem for item in (CONFIGS / kind).glob(f"*{SUFFIX[kind]}"))
+        raise InputError("there is no such launcher file", field="launcher.config", allowed=", ".join(known))
+    return file
+
+
+def resolve(recipe: Recipe, processes: int) -> dict[str, Any]:
+    """The strategy's file with everything filled in; empty for launchers without one.
+
+    Args:
+        processes: of all machines.
+
+    Raises:
+        InputError: there is no such file, it is none, or it contradicts the recipe; naming both places.
+    """
+    launcher = recipe.launcher
+    if launcher.type not in DEFAULTS:
+        return {}
+    path = find(launcher.type, launcher.config or DEFAULTS[launcher.type])
+    from peftcli.launchers import fsdp
+
+    return fsdp.completed(_read_yaml(path), recipe, processes, place=path)
+
+
+def write(folder: Path, resolved: Mapping[str, Any]) -> None:
+    """Keep a resolved file for the worker."""
+    if resolved:
+        (folder / RESOLVED).write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What `write` kept; empty where there is nothing."""
+    path = folder / RESOLVED
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    from peftcli.recipe import yaml12
+
+    values = yaml12.read(path).plain()
+    if not isinstance(values, dict):
+        raise InputError("is no launcher file: it holds no mapping", place=path, field="launcher.config")
+    return values
