@@ -76,7 +76,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     cells = [[printable(redact(str(cell))) for cell in row] for row in rows]
     grid = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for index, name in enumerate(header):
-        numeric = bool(cells) and all(row[index][:1] in "+-.0123456789" for row in cells)
+        numeric = bool(cells) and all(row[index][:1] in "+-.0123456789<" for row in cells)
         grid.add_column(printable(name), justify="right" if numeric else "left", overflow="fold")
     for row in cells:
         grid.add_row(*(Text(cell) for cell in row))

@@ -15,6 +15,7 @@ from peftcli.cli import console, eval_screens
 from peftcli.errors import EXIT_FAILURE, InputError, printable
 
 if TYPE_CHECKING:
+    from peftcli.data.tokens import TokenDataset
     from peftcli.evaluation.compare import Comparison, Progress
     from peftcli.evaluation.metrics import Metric
     from peftcli.evaluation.panel import Panel
@@ -32,6 +33,7 @@ class Options:
     max_samples: int | None
     max_new_tokens: int | None
     batch_size: int
+    apply_chat_template: bool
 
 
 def command(
@@ -43,14 +45,14 @@ def command(
         str | None, typer.Option(metavar="FILE", help="Data to evaluate on; by default what the run held out.")
     ] = None,
     metrics: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAMES",
             help="Separated by commas. Of tokens: loss, perplexity, token_accuracy. Of generated answers: exact_match, "
             "contains, regex, rouge_l, f1, qa_em, qa_f1, stop_rate, repetition. Of answers as class names: accuracy, "
-            "macro_f1.",
+            f"macro_f1. By default {DEFAULT_METRICS}, or none beside --tasks.",
         ),
-    ] = DEFAULT_METRICS,
+    ] = None,
     regex: Annotated[
         str | None,
         typer.Option(
@@ -59,6 +61,18 @@ def command(
             "holds in the expected answer.",
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Tasks of lm-evaluation-harness (pip install 'peftcli[eval]'), separated by commas: names it knows, its "
+            "YAML files (code beside them may run), or JSONL files with prompt and completion, or prompt, choices and "
+            "answer.",
+        ),
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask tasks in the form of the tokenizer's chat template.")
+    ] = False,
     generate: Annotated[bool, typer.Option("--generate", help="Show generated answers, whatever the metrics.")] = False,
     base: Annotated[str | None, typer.Option(help="Base to use instead of the one the adapter was trained on.")] = None,
     output: Annotated[
@@ -90,10 +104,17 @@ def command(
     peft eval out/lora out/dora --data test.jsonl --metrics loss,exact_match,rouge_l --report out/report
 
     peft eval out/sql --data test.jsonl --fail-under exact_match=0.6
+
+    peft eval out/sql --tasks arc_easy,my_task.jsonl --max-samples 200
     """
     from peftcli.evaluation.panel import gather
 
-    wanted, thresholds = _metrics(metrics, regex, fail_under or [])
+    thresholds_only = tasks is not None and metrics is None
+    wanted, thresholds = _metrics("" if thresholds_only else metrics or DEFAULT_METRICS, regex, fail_under or [])
+    if tasks is not None:
+        from peftcli.evaluation.harness import require_harness
+
+        require_harness()
     if output is not None and not output.parent.is_dir():
         raise InputError("there is no such folder", place=output.parent, field="--output")
     if report is not None:
@@ -102,12 +123,12 @@ def command(
         require_usable(report)
     panel = gather(adapters, base)
     console.note(f"base {panel.base}")
-    options = Options(data, format, generate, max_samples, max_new_tokens, batch_size)
-    comparison, samples = _compare(panel, wanted, options)
+    options = Options(data, format, generate, max_samples, max_new_tokens, batch_size, apply_chat_template)
+    comparison, samples = _compare(panel, wanted, _names(tasks), options)
     results = {
         "base": panel.base,
         "adapters": {column: str(subject.adapter) for column, subject in panel.subjects.items()},
-        "data": data or "held out by the run",
+        "data": (data or "held out by the run") if samples else None,
         "samples": samples,
         **comparison.to_dict(),
     }
@@ -126,14 +147,18 @@ def command(
     return EXIT_FAILURE if missed else 0
 
 
-def _metrics(names: str, pattern: str | None, fail_under: list[str]) -> tuple[dict[str, Metric], dict[str, float]]:
+def _names(listed: str | None) -> list[str]:
+    return [name.strip() for name in listed.split(",")] if listed is not None else []
+
+
+def _metrics(listed: str, pattern: str | None, fail_under: list[str]) -> tuple[dict[str, Metric], dict[str, float]]:
     """Metrics and thresholds by name; a metric that only has a threshold is computed, too."""
     from peftcli.evaluation.metrics import REGEX, find, known_metrics
 
     known = known_metrics(pattern)
     thresholds = dict(_threshold(text, known) for text in fail_under)
-    listed = [name.strip() for name in names.split(",")] + ([REGEX] if pattern is not None else [])
-    return {name: find(name, "--metrics", known) for name in [*listed, *thresholds]}, thresholds
+    names = [*_names(listed or None), *([REGEX] if pattern is not None else []), *thresholds]
+    return {name: find(name, "--metrics", known) for name in names}, thresholds
 
 
 def _threshold(text: str, known: dict[str, Metric]) -> tuple[str, float]:
@@ -151,29 +176,63 @@ def _threshold(text: str, known: dict[str, Metric]) -> tuple[str, float]:
     return name, value
 
 
-def _compare(panel: Panel, metrics: dict[str, Metric], options: Options) -> tuple[Comparison, int]:
-    """What came out, and over how many samples."""
-    from peftcli.evaluation.compare import compare
+def _compare(panel: Panel, metrics: dict[str, Metric], tasks: list[str], options: Options) -> tuple[Comparison, int]:
+    """What came out, and over how many samples of data (none, if there are only tasks)."""
+    from peftcli.evaluation.compare import Comparison, compare
 
     tokenizer = panel.first.tokenizer()
+    samples = _samples(panel, tokenizer, options) if metrics or options.generate or not tasks else None
+    loaded = _load_tasks(tasks, tokenizer, options)
+    bench = panel.bench()
+    comparison = Comparison(bench.columns[1:], [], [])
+    with _progress() as progress:
+        if samples is not None:
+            comparison = compare(
+                bench,
+                tokenizer,
+                samples,
+                metrics,
+                generated=options.generate,
+                max_new_tokens=options.max_new_tokens,
+                batch_size=options.batch_size,
+                bf16=panel.bf16,
+                progress=progress,
+            )
+        if loaded:
+            from peftcli.evaluation.harness import compare_tasks
+
+            comparison.rows.extend(
+                compare_tasks(
+                    bench,
+                    tokenizer,
+                    loaded,
+                    apply_chat_template=options.apply_chat_template,
+                    max_samples=options.max_samples,
+                    batch_size=options.batch_size,
+                    progress=progress,
+                )
+            )
+    for note in comparison.notes:
+        console.note(note)
+    return comparison, len(samples) if samples is not None else 0
+
+
+def _samples(panel: Panel, tokenizer: Any, options: Options) -> TokenDataset:
     samples, warnings = panel.data(tokenizer, options.data, format=options.format, max_samples=options.max_samples)
     for warning in warnings:
         console.note(f"warning: {warning}")
-    with _progress() as progress:
-        comparison = compare(
-            panel.bench(),
-            tokenizer,
-            samples,
-            metrics,
-            generated=options.generate,
-            max_new_tokens=options.max_new_tokens,
-            batch_size=options.batch_size,
-            bf16=panel.bf16,
-            progress=progress,
-        )
-    for note in comparison.notes:
-        console.note(note)
-    return comparison, len(samples)
+    return samples
+
+
+def _load_tasks(names: list[str], tokenizer: Any, options: Options) -> dict[str, Any]:
+    """The harness's tasks, and a word on the form they are asked in."""
+    if not names:
+        return {}
+    from peftcli.evaluation.harness import load_tasks
+
+    if tokenizer.chat_template and not options.apply_chat_template:
+        console.note("tasks are asked as plain text; --apply-chat-template asks them as the model was taught to chat")
+    return load_tasks(names, tokenizer)
 
 
 @contextmanager

@@ -42,8 +42,8 @@ def _lines(row: Row) -> list[tuple[str, ...]]:
     """A row of values, one of differences below it, one of p values."""
     return [
         (row.metric, str(row.count), number(row.base.value), *(number(one.value) for one in row.adapters.values())),
-        ("", "", "", *(difference(row, column) for column in row.adapters)),
-        ("", "", "", *(f"p {p_value(row.test(column).p)}" for column in row.adapters)),
+        ("  - base", "", "", *(difference(row, column) for column in row.adapters)),
+        ("  p", "", "", *(p_value(row.test(column).p) for column in row.adapters)),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,15 @@ class Bench:
         else:
             yield Turn(model, (BASE_COLUMN, *names), (BASE, *names.values()))
             model.attached.unload(merge=False)
-        for column in self.alone:
+        yield from self._each(self.alone)
+
+    def one_by_one(self) -> Iterator[Turn]:
+        """Every column in a turn of its own, the base first."""
+        yield Turn(self.base, (BASE_COLUMN,))
+        yield from self._each(self.folders)
+
+    def _each(self, columns: Iterable[str]) -> Iterator[Turn]:
+        for column in columns:
             model = PeftModel.from_pretrained(self.base, self.folders[column])
             yield Turn(model, (column,))
             model.attached.unload(merge=False)

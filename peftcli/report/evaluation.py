@@ -66,7 +66,8 @@ def _facts(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "base", _safe(results["base"])
     for column, adapter in results["adapters"].items():
         yield column, _safe(adapter)
-    yield "data", f"{_safe(results['data'])}, {results['samples']:,} samples"
+    if results["samples"]:
+        yield "data", f"{_safe(results['data'])}, {results['samples']:,} samples"
     for note in results["notes"]:
         yield "note", _safe(note)
 
@@ -125,7 +126,7 @@ def _markdown(
     yield "| " + " | ".join(map(_inline, header)) + " |"
     yield "|---|" + "---:|" * (len(header) - 1)
     for row, cells in _table(comparison):
-        yield f"| {row.metric} | " + " | ".join(text for text, _ in cells) + " |"
+        yield f"| {_inline(row.metric)} | " + " | ".join(text for text, _ in cells) + " |"
     yield f"\n{EXPLANATION}\n"
     yield from (f"- {name}: {_inline(metric.meaning)}" for name, metric in metrics.items())
     for name in pictures:
@@ -178,7 +179,7 @@ def _html(
     yield "</tr></thead><tbody>"
     for row, cells in _table(comparison):
         numbers = "".join(f'<td class="{kind}">{_e(text)}</td>' for text, kind in cells)
-        yield f'<tr><td title="{_e(metrics[row.metric].meaning)}">{_e(row.metric)}</td>{numbers}</tr>'
+        yield f"<tr><td>{_e(row.metric)}</td>{numbers}</tr>"
     yield f"</tbody></table></div>\n<small>{_e(EXPLANATION)} Coloured: p below 0.05.</small>"
     meanings = "".join(f"<dt>{_e(name)}</dt><dd>{_e(metric.meaning)}</dd>" for name, metric in metrics.items())
     yield f"<details><summary><small>What the metrics mean</small></summary><dl>{meanings}</dl></details>"
