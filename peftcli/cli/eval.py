@@ -109,8 +109,8 @@ def command(
     """
     from peftcli.evaluation.panel import gather
 
-    thresholds_only = tasks is not None and metrics is None
-    wanted, thresholds = _metrics("" if thresholds_only else metrics or DEFAULT_METRICS, regex, fail_under or [])
+    listed = metrics if metrics is not None or tasks is not None else DEFAULT_METRICS
+    wanted, thresholds = _metrics(_names(listed), regex, fail_under or [])
     if tasks is not None:
         from peftcli.evaluation.harness import require_harness
 
@@ -151,13 +151,15 @@ def _names(listed: str | None) -> list[str]:
     return [name.strip() for name in listed.split(",")] if listed is not None else []
 
 
-def _metrics(listed: str, pattern: str | None, fail_under: list[str]) -> tuple[dict[str, Metric], dict[str, float]]:
+def _metrics(
+    listed: list[str], pattern: str | None, fail_under: list[str]
+) -> tuple[dict[str, Metric], dict[str, float]]:
     """Metrics and thresholds by name; a metric that only has a threshold is computed, too."""
     from peftcli.evaluation.metrics import REGEX, find, known_metrics
 
     known = known_metrics(pattern)
     thresholds = dict(_threshold(text, known) for text in fail_under)
-    names = [*_names(listed or None), *([REGEX] if pattern is not None else []), *thresholds]
+    names = [*listed, *([REGEX] if pattern is not None else []), *thresholds]
     return {name: find(name, "--metrics", known) for name in names}, thresholds
 
 
