@@ -48,9 +48,7 @@ def command(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Separated by commas. Of tokens: loss, perplexity, token_accuracy. Of generated answers: exact_match, "
-            "contains, regex, rouge_l, f1, qa_em, qa_f1, stop_rate, repetition. Of answers as class names: accuracy, "
-            f"macro_f1. By default {DEFAULT_METRICS}, or none beside --tasks.",
+            help=f"Metrics, separated by commas; by default {DEFAULT_METRICS}, or none beside --tasks.",
         ),
     ] = None,
     regex: Annotated[
@@ -65,7 +63,7 @@ def command(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Tasks of lm-evaluation-harness (pip install 'peftcli[eval]'), separated by commas: names it knows, its "
+            help="Tasks of lm-evaluation-harness (the extra `eval`), separated by commas: names it knows, its "
             "YAML files (code beside them may run), or JSONL files with prompt and completion, or prompt, choices and "
             "answer.",
         ),
@@ -95,9 +93,15 @@ def command(
 ) -> int:
     """Compare a base model with its adapters, all in one run on the same samples.
 
-    The base is loaded once. Rows of several adapters share a batch where their methods allow it. The table shows each
-    adapter's difference from the base with its standard error, and p, how often chance alone would make one as large: by an
-    exact sign test where answers are right or wrong, by a paired t test elsewhere.
+    The base is loaded once; rows of several adapters share a batch where their
+    methods allow it. Each difference from the base is shown with its standard
+    error and p, how often chance alone would make one as large: by an exact sign
+    test where answers are right or wrong, by a paired t test elsewhere.
+
+    Metrics of tokens: loss, perplexity, token_accuracy.
+    Of generated answers: exact_match, contains, regex, rouge_l, f1, qa_em, qa_f1,
+    stop_rate, repetition.
+    Of answers that are names of classes: accuracy, macro_f1.
 
     peft eval out/sql
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from peftcli.cli import console
 from peftcli.errors import EXIT_FAILURE, InputError, InputErrors, RunError
+from peftcli.recipe.adapter_section import FULL
 from peftcli.sweep.grid import Grid, make_grid, parse_axis
 from peftcli.sweep.runs import DONE, FAILED, NEW, PARTIAL, Run, carry_out, find_runs
 
@@ -159,9 +160,13 @@ def _show(runs: Sequence[Run], folder: Path, request: Request) -> None:
     console.table(("", *_short_fields(runs), metric, *HEADER), rows)
     if best is not None:
         console.facts("best", [("run", best.folder), (metric, f"{value_of(best, metric):.5g}")])
-    done = [str(one.folder) for one in runs if one.state == DONE]
+    done = [str(one.folder) for one in runs if one.state == DONE and one.combination.recipe.adapter.method != FULL]
     console.facts(
-        "written", [("table", f"{folder / 'sweep.md'}, {folder / JSON}"), ("plot", folder / PLOT if done else None)]
+        "written",
+        [
+            ("table", f"{folder / 'sweep.md'}, {folder / JSON}"),
+            ("plot", folder / PLOT if (folder / PLOT).is_file() else None),
+        ],
     )
     if done:
         console.facts("next", [("", f"peft eval {' '.join(done)} --report {folder / 'report'}")])

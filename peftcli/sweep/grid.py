@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 from peftcli.adapters.registry import config_class, method_names
@@ -194,13 +195,16 @@ def _fields(root: Node) -> set[str] | None:
 
 
 def _name(settings: dict[str, str]) -> str:
-    """`method-dora_learning_rate-1e-4`."""
+    """`method-dora_learning_rate-1e-4`; a long one is cut, with a digest of what it stands for."""
     short = [field.rpartition(".")[2] for field in settings]
     fields = short if len(set(short)) == len(short) else list(settings)
     parts = [
         f"{field}-{_UNSAFE.sub('-', value).strip('-.')}" for field, value in zip(fields, settings.values(), strict=True)
     ]
-    return "_".join(parts)[:MAX_NAME]
+    name = "_".join(parts)
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{name[: MAX_NAME - 9]}-{blake2b(repr(settings).encode(), digest_size=4).hexdigest()}"
 
 
 def _seed_of_split(recipe: Recipe) -> int | None:

@@ -155,7 +155,8 @@ def carry_out(run: Run, *, launcher_arguments: Sequence[str], overwrite: bool, w
         run.state, run.result, run.reason = DONE, read_strict_json(run.folder / RESULT), ""
     elif received:
         run.state = PARTIAL
-        error = RunError(f"stopped by {signal.Signals(received[0]).name}; the same command goes on from here")
+        again = "the same command without --overwrite" if overwrite else "the same command"
+        error = RunError(f"stopped by {signal.Signals(received[0]).name}; {again} goes on from here")
         error.exit_code = 128 + received[0]
         raise error
     else:

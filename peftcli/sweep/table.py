@@ -128,6 +128,7 @@ def plot(runs: Sequence[Run]) -> bytes:
     """A PNG: a panel of bars for the metric and each cost, a line for each finished run, the best one darker."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     metric, best = metric_of(runs), best_of(runs)
     done = [run for run in runs if run.state == DONE]
@@ -152,6 +153,7 @@ def plot(runs: Sequence[Run]) -> bytes:
         axes.set_yticks(range(len(done)), labels if index == 0 else [""] * len(done), fontsize=8)
         axes.set_title(title, fontsize=9)
         axes.margins(x=0.18)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.invert_yaxis()
         axes.tick_params(axis="x", labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)

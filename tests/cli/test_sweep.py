@@ -88,6 +88,12 @@ def test_sections_give_each_method_its_own_fields(place: Path) -> None:
     assert list(found) == ["adapter-method-lora-r-8", "adapter-method-prompt_tuning-num_virtual_tokens-5"]
 
 
+def test_long_names_are_cut_and_still_tell_runs_apart(place: Path) -> None:
+    long = ",".join(f"[q_proj,{'v_proj,' * 30}{last}]" for last in ("k_proj", "o_proj"))
+    names = list(grid(place, f"adapter.target_modules={long}"))
+    assert len(set(names)) == 2 and all(len(name) == 100 for name in names)
+
+
 def test_impossible_sweeps_are_refused(place: Path) -> None:
     for axes, message in (
         (["training.learning_rate=1e-4,0.0001"], "is the same run as"),
