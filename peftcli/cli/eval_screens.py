@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peftcli.cli import console
-from peftcli.report.numbers import difference, number, p_value
+from peftcli.report.numbers import difference, number, p_value, pairs
 
 if TYPE_CHECKING:
     from peftcli.evaluation.compare import Comparison, Item, Row
 
+MAX_COLUMNS_PAIRED = 3
 MAX_LOST = 5
 MAX_SAMPLES = 3
 MAX_TEXT = 160  # characters of a prompt or an answer
@@ -24,6 +25,8 @@ def show(comparison: Comparison) -> None:
     else:
         cells = [line for row in comparison.rows for line in _lines(row)]
         console.table(("metric", "n", "base", *comparison.columns), cells)
+        if len(comparison.columns) <= MAX_COLUMNS_PAIRED:
+            console.table(("metric", "between adapters", "difference", "p"), list(pairs(comparison.rows)))
     for column in comparison.columns:
         _show_lost(comparison, column)
     if comparison.items:
@@ -34,7 +37,7 @@ def show(comparison: Comparison) -> None:
 
 def _cells(row: Row, column: str) -> tuple[str, ...]:
     tuned = row.adapters[column]
-    values = number(row.base.value), number(tuned.value), difference(row, column)
+    values = number(row.base.value), number(tuned.value), difference(row.delta(column))
     return row.metric, str(row.count), *values, p_value(row.test(column).p)
 
 
@@ -42,7 +45,7 @@ def _lines(row: Row) -> list[tuple[str, ...]]:
     """A row of values, one of differences below it, one of p values."""
     return [
         (row.metric, str(row.count), number(row.base.value), *(number(one.value) for one in row.adapters.values())),
-        ("  - base", "", "", *(difference(row, column) for column in row.adapters)),
+        ("  - base", "", "", *(difference(row.delta(column)) for column in row.adapters)),
         ("  p", "", "", *(p_value(row.test(column).p) for column in row.adapters)),
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,12 @@ class Row:
     def test(self, column: str) -> PairedTest:
         return paired_test(self.adapters[column], self.base)
 
+    def between(self) -> Iterator[tuple[str, str, Estimate, PairedTest]]:
+        """Every two adapters: their columns, the first's difference from the second, and its test."""
+        for one, other in itertools.combinations(self.adapters, 2):
+            ours, theirs = self.adapters[one], self.adapters[other]
+            yield one, other, ours - theirs, paired_test(ours, theirs)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "metric": self.metric,
@@ -56,18 +63,13 @@ class Row:
             "n": self.count,
             "base": _numbers(self.base),
             "adapters": {column: self._beside_base(column) for column in self.adapters},
+            "between": [
+                {"adapters": [one, other], **_compared(delta, test)} for one, other, delta, test in self.between()
+            ],
         }
 
     def _beside_base(self, column: str) -> dict[str, Any]:
-        delta, test = self.delta(column), self.test(column)
-        return {
-            **_numbers(self.adapters[column]),
-            "delta": plain(delta.value),
-            "delta_standard_error": plain(delta.standard_error),
-            "p": plain(test.p),
-            "test": test.name,
-            **({} if test.gained is None else {"gained": test.gained, "lost": test.lost}),
-        }
+        return {**_numbers(self.adapters[column]), **_compared(self.delta(column), self.test(column))}
 
 
 @dataclass(frozen=True)
@@ -278,6 +280,16 @@ def make_row(name: str, metric: Metric, found: Mapping[str, Estimate]) -> Row:
 
 def _numbers(estimate: Estimate) -> dict[str, Any]:
     return {"value": plain(estimate.value), "standard_error": plain(estimate.standard_error)}
+
+
+def _compared(delta: Estimate, test: PairedTest) -> dict[str, Any]:
+    return {
+        "delta": plain(delta.value),
+        "delta_standard_error": plain(delta.standard_error),
+        "p": plain(test.p),
+        "test": test.name,
+        **({} if test.gained is None else {"gained": test.gained, "lost": test.lost}),
+    }
 
 
 def _named(progress: Progress | None, what: str) -> StepProgress | None:

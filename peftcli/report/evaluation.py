@@ -16,7 +16,7 @@ from peftcli.errors import printable
 from peftcli.recipe.redact import redact
 from peftcli.report import folder as files
 from peftcli.report.evaluation_plots import plot_losses, plot_metrics
-from peftcli.report.numbers import difference, number, p_value
+from peftcli.report.numbers import difference, number, p_value, pairs
 
 if TYPE_CHECKING:
     from peftcli.evaluation.compare import Comparison, Item, Row
@@ -30,6 +30,8 @@ EXPLANATION = (
     "test (McNemar's) where answers are right or wrong, by the paired t test elsewhere; both two-sided and not corrected "
     "for the number of comparisons."
 )
+
+PAIRS = ("metric", "adapters", "difference", "p")
 
 Cell = tuple[str, str]
 """A text, and the class it has in HTML."""
@@ -80,7 +82,7 @@ def _table(comparison: Comparison) -> Iterator[tuple[Row, list[Cell]]]:
             p, delta = row.test(column).p, row.delta(column).value
             better = (delta > 0) == row.higher_is_better and delta != 0
             verdict = ("better" if better else "worse") if p < 0.05 else ""
-            cells += [(number(estimate.value), ""), (difference(row, column), verdict), (p_value(p), "")]
+            cells += [(number(estimate.value), ""), (difference(row.delta(column)), verdict), (p_value(p), "")]
         yield row, cells
 
 
@@ -128,6 +130,10 @@ def _markdown(
     for row, cells in _table(comparison):
         yield f"| {_inline(row.metric)} | " + " | ".join(text for text, _ in cells) + " |"
     yield f"\n{EXPLANATION}\n"
+    if len(comparison.columns) > 1:
+        yield "| " + " | ".join(PAIRS) + " |\n|---|---|---:|---:|"
+        yield from ("| " + " | ".join(map(_inline, cells)) + " |" for cells in pairs(comparison.rows))
+        yield ""
     yield from (f"- {name}: {_inline(metric.meaning)}" for name, metric in metrics.items())
     for name in pictures:
         yield f"\n![{name.removesuffix('.png')}]({name})"
@@ -181,6 +187,12 @@ def _html(
         numbers = "".join(f'<td class="{kind}">{_e(text)}</td>' for text, kind in cells)
         yield f"<tr><td>{_e(row.metric)}</td>{numbers}</tr>"
     yield f"</tbody></table></div>\n<small>{_e(EXPLANATION)} Coloured: p below 0.05.</small>"
+    if len(comparison.columns) > 1:
+        yield "<details open><summary>Between the adapters</summary><div class=wide><table><thead><tr>"
+        yield "".join(f"<th>{_e(name)}</th>" for name in PAIRS) + "</tr></thead><tbody>"
+        for line in pairs(comparison.rows):
+            yield "<tr>" + "".join(f"<td>{_e(_safe(cell))}</td>" for cell in line) + "</tr>"
+        yield "</tbody></table></div></details>"
     meanings = "".join(f"<dt>{_e(name)}</dt><dd>{_e(metric.meaning)}</dd>" for name, metric in metrics.items())
     yield f"<details><summary><small>What the metrics mean</small></summary><dl>{meanings}</dl></details>"
     for name, picture in pictures.items():

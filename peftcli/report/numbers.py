@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from peftcli.evaluation.compare import Row
+    from peftcli.evaluation.estimates import Estimate
 
 
 def number(value: float, sign: str = "") -> str:
@@ -20,7 +22,13 @@ def p_value(p: float) -> str:
     return f"{p:.4f}" if p >= 0.0001 else "< 0.0001"
 
 
-def difference(row: Row, column: str) -> str:
-    """An adapter's difference from the base and its standard error."""
-    delta = row.delta(column)
+def difference(delta: Estimate) -> str:
+    """A difference and its standard error."""
     return f"{number(delta.value, '+')} ± {number(delta.standard_error)}"
+
+
+def pairs(rows: Sequence[Row]) -> Iterator[tuple[str, str, str, str]]:
+    """Each metric of every two adapters: metric, who is compared, difference, p."""
+    for row in rows:
+        for one, other, delta, test in row.between():
+            yield row.metric, f"{one} - {other}", difference(delta), p_value(test.p)

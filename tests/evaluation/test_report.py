@@ -96,6 +96,8 @@ def test_markdown_keeps_foreign_text_in_code(comparison: Comparison, results: di
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     numbers = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     beside = numbers["metrics"][0]["adapters"]["a"]
+    [between] = numbers["metrics"][0]["between"]
+    assert between["adapters"] == ["a", "b$1"] and (between["gained"], between["lost"]) == (3, 1)
     assert (beside["delta"], beside["gained"], beside["lost"], beside["p"]) == (pytest.approx(0.4), 3, 1, 0.625)
 
 
@@ -124,5 +126,6 @@ def test_the_screen_shows_every_adapter_and_no_control_characters(comparison: Co
     assert ["metric", "n", "base", "a", "b$1"] in lines
     assert ["exact_match", "5", "0.4000", "0.8000", "0.4000"] in lines
     assert ["p", "0.6250", "1.0000"] in lines
+    assert ["exact_match", "a", "-", "b$1", "+0.4000", "±", "0.4000", "0.6250"] in lines
     assert "a has wrong: 1 (the other way: 3)" in shown
     assert "\x1b" not in shown and "\u202e" not in shown
