@@ -286,6 +286,10 @@ class DeltaAdapter(Adapter):
         """
         return None
 
+    def with_module(self, p: Tensors, x: Tensor, site: Site) -> Tensor | None:
+        """What module and adapter give for x together, where site and method do that in one operation, else None."""
+        return None
+
     def merged_weight(self, p: Tensors, weight: Tensor) -> Tensor:
         return weight + self.delta(p).to(weight.dtype)
 
@@ -303,6 +307,10 @@ class LowRankAdapter(DeltaAdapter):
 
     def activation(self, p: Tensors, x: Tensor, site: Site) -> Tensor | None:
         return site.low_rank(x, *self.factors(p))
+
+    def with_module(self, p: Tensors, x: Tensor, site: Site) -> Tensor | None:
+        plain = type(self).activation is LowRankAdapter.activation
+        return site.with_update(x, *self.factors(p)) if plain else None
 
 
 class TransformAdapter(Adapter):

@@ -124,7 +124,18 @@ class AdapterLayer(TensorHolder):
                 return self._in_precision_of(p, adapter.after, y)
             bias = bias.to(y.dtype)
             return self._in_precision_of(p, adapter.after, y - bias) + bias
+        together = None if rest or kwargs or len(args) > 1 else self._together(name, x)
+        if together is not None:
+            return together
         return self._with_update(name, self._compose(rest, *args, **kwargs), x, *args[1:], **kwargs)
+
+    def _together(self, name: str, x: Tensor) -> Tensor | None:
+        """Module and update as one operation, where they can be that and nothing is dropped or weighed."""
+        adapter = self.adapters[name]
+        assert isinstance(adapter, DeltaAdapter)
+        if self.context.gate_scalings is not None or (self.training and adapter.drops):
+            return None
+        return adapter.with_module(self._pass_tensors(name, dropping=self.training), x, self.site)
 
     def _with_update(self, name: str, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y + g dW x, with g = 1 unless a gate decides."""

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized  # noqa: TID253
 from torch.utils.checkpoint import checkpoint  # noqa: TID253
 
 from peftcli.adapters.base import Adapter, SiteKind, SiteShape
+from peftcli.adapters.fused import linear_with_update
 
 
 class Site:
@@ -89,6 +90,10 @@ class Site:
             return self.run(*weights(), *args, **kwargs)
         return checkpoint(lambda *args: self.run(*weights(), *args, **kwargs), *args, use_reentrant=False)
 
+    def with_update(self, x: Tensor, a: Tensor, b: Tensor, gain: Tensor | None = None) -> Tensor | None:
+        """The module's output plus B (A x), times a gain [out] but for the bias; None where that is no one operation."""
+        return None
+
     @property
     def is_bare(self) -> bool:
         """Whether calling the module does nothing but its own computation: no hooks (offloading puts some there)."""
@@ -117,6 +122,14 @@ class LinearSite(Site):
 
     def run(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         return F.linear(args[0] if args else kwargs["input"], weight, bias)
+
+    def with_update(self, x: Tensor, a: Tensor, b: Tensor, gain: Tensor | None = None) -> Tensor | None:
+        weight, bias = self.weight(), self.bias
+        frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        plain = type(self.module) is nn.Linear and self.is_bare and type(weight) is nn.Parameter
+        if not (plain and frozen) or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+            return None
+        return linear_with_update(x, weight, bias, a, b, gain)
 
 
 class TransposedSite(LinearSite):

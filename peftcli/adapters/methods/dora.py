@@ -39,8 +39,12 @@ class Dora(Lora):
         """|W + dW| of each row [out], without a gradient."""
         with torch.no_grad():
             a, b = self.factors(p)
-            weight = weight.to(a.dtype)
-            square = (weight**2).sum(1) + 2 * ((weight @ a.T) * b).sum(1) + ((b @ (a @ a.T)) * b).sum(1)
+            crossed = (weight @ a.T.to(weight.dtype)).to(a.dtype)
+            square = (
+                torch.linalg.vector_norm(weight, dim=1, dtype=a.dtype) ** 2
+                + 2 * (crossed * b).sum(1)
+                + ((b @ (a @ a.T)) * b).sum(1)
+            )
             return square.clamp_min(0).sqrt()
 
     def gain(self, p: Tensors, weight: Tensor) -> Tensor:
@@ -52,6 +56,9 @@ class Dora(Lora):
         update = super().delta(p)
         gain = self.gain(p, weight)[:, None]
         return (gain - 1) * weight.to(update.dtype) + gain * update
+
+    def with_module(self, p: Tensors, x: Tensor, site: Site) -> Tensor | None:
+        return None if self.config.lora_bias else site.with_update(x, *self.factors(p), self.gain(p, self.weight()))
 
     def activation(self, p: Tensors, x: Tensor, site: Site) -> Tensor | None:
         gain = site.broadcast(self.gain(p, self.weight()))

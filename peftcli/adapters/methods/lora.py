@@ -161,6 +161,10 @@ class Lora(LowRankAdapter):
             update if bias is None or update is None else update + site.broadcast(bias * self.scaling).to(update.dtype)
         )
 
+    def with_module(self, p: Tensors, x: Tensor, site: Site) -> Tensor | None:
+        plain = type(self).activation is Lora.activation and not self.config.lora_bias
+        return site.with_update(x, *self.factors(p)) if plain else None
+
     def merge_problem(self) -> str | None:
         if self.config.lora_bias and not self.shape.has_bias:
             return "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
