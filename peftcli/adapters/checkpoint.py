@@ -17,9 +17,11 @@ from torch import Tensor  # noqa: TID253
 from peftcli.adapters.base import Adapter
 from peftcli.adapters.config import CONFIG_NAME, PeftConfig, read_strict_json
 from peftcli.adapters.engine import Attached, embeddings
+from peftcli.adapters.fingerprint import FILE as FINGERPRINT
+from peftcli.adapters.fingerprint import write_fingerprint
 from peftcli.adapters.holding import Buffers
 from peftcli.adapters.registry import adapter_class
-from peftcli.errors import InputError, InputErrors, printable
+from peftcli.errors import InputError, InputErrors, RunError, printable
 from peftcli.files import write_atomically
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -299,7 +301,7 @@ def _download(name: str, subfolder: str | None, revision: str | None, hub: dict[
     inside = f"{subfolder}/" if subfolder else ""
     known = {key: value for key, value in hub.items() if key in ("token", "cache_dir", "local_files_only")}
     try:
-        patterns = [inside + file for file in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)]
+        patterns = [inside + file for file in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, FINGERPRINT)]
         root = snapshot_download(name, revision=revision, allow_patterns=patterns, **known)
     except Exception as error:  # the hub client has dozens of exception types, all of them mean the same here
         raise InputError(
@@ -383,10 +385,30 @@ def save_adapter(
         raise InputErrors(InputError("holds NaN or infinity: not saved", place=folder, field=key) for key in broken)
     plain = {key: tensor.cpu().contiguous().clone() for key, tensor in state.items()}
     write_atomically(folder / WEIGHTS_NAME, save(plain, metadata={"format": "pt"}))
+    _check_written(folder / WEIGHTS_NAME, plain)
+    write_fingerprint(folder, attached.base)
     write_atomically(folder / CONFIG_NAME, stored_config(attached, name).to_json().encode())
     if name in attached.gates and attached.gates[name].config.use_trainable_adapters:
         for expert in attached.members(name):
             save_adapter(attached, expert, folder / expert, save_embedding_layers=save_embedding_layers)
+
+
+def _check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Read a file back: what is on the disk is what was in memory.
+
+    Raises:
+        RunError: it is not.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        wrong = sorted(
+            names.symmetric_difference(tensors)
+            | {name for name in names & set(tensors) if not torch.equal(file.get_tensor(name), tensors[name])}
+        )
+    if wrong:
+        raise RunError(f"{path}: reads back different from what was written ({', '.join(wrong[:5])})")
 
 
 def stored_config(attached: Attached, name: str) -> PeftConfig:

@@ -17,6 +17,7 @@ from peftcli.adapters.base import Adapter, Tensors
 from peftcli.adapters.config import PeftConfig
 from peftcli.adapters.context import ForwardContext
 from peftcli.adapters.copies import CopyLayer, TrainedBiases
+from peftcli.adapters.fingerprint import fingerprint
 from peftcli.adapters.holding import Buffers
 from peftcli.adapters.layer import AdapterLayer
 from peftcli.errors import InputError
@@ -46,6 +47,7 @@ class Attached:
         prompts: what stands in front of the model's inputs, by adapter name.
         gates: what weighs other adapters, its experts, by its own adapter name.
         hooks: on the modules whose inputs a prompt or gate changes.
+        base: the fingerprint of the model as it was before its first adapter.
     """
 
     root: nn.Module
@@ -59,6 +61,10 @@ class Attached:
     prompts: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     gates: dict[str, Any] = field(default_factory=dict)
     hooks: list[Removable] = field(default_factory=list)
+    base: dict[str, Any] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.base = fingerprint(self.root)
 
     def layers(self) -> Iterator[tuple[str, AdapterLayer]]:
         """(path in the model, layer) of every adapted module."""

@@ -18,6 +18,7 @@ from peftcli.adapters import checkpoint, status
 from peftcli.adapters.batch import batch_facts
 from peftcli.adapters.config import PeftConfig, read_config
 from peftcli.adapters.engine import Attached, adapters_of, attached_to
+from peftcli.adapters.fingerprint import check_fingerprint, fingerprint
 from peftcli.adapters.prompt import attach_prompt
 from peftcli.adapters.prompt_base import PromptLearningConfig
 from peftcli.adapters.tuner import Tuner
@@ -92,6 +93,7 @@ class PeftModel(nn.Module):
     ) -> None:
         """Load a saved adapter beside the others. The model goes to eval mode unless the adapter is to be trained."""
         folder, config = _for_loading(model_id, None, is_trainable, hub)
+        check_fingerprint(folder, self.attached.base)
         tensors = checkpoint.read_tensors(folder, allow_pickle=allow_pickle)
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, initialize=False)
         try:
@@ -250,6 +252,8 @@ class PeftModel(nn.Module):
             InputErrors: listing every tensor the file lacks, has too much, or has in another shape.
         """
         folder, config = _for_loading(model_id, config, is_trainable, hub)
+        before = attached_to(model)
+        check_fingerprint(folder, before.base if before else fingerprint(model))
         tensors = checkpoint.read_tensors(folder, allow_pickle=allow_pickle)
         wrapper = cls.class_for(config)(
             model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, initialize=False

@@ -55,7 +55,7 @@ def note(text: str) -> None:
 
 def say_json(value: Any) -> None:
     """The one JSON value a command with `--json` writes to stdout."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=True, default=str) + "\n")
+    sys.stdout.write(redact(json.dumps(value, indent=2, ensure_ascii=True, default=str)) + "\n")
 
 
 def facts(title: str, rows: Iterable[tuple[str, Any]]) -> None:

@@ -25,6 +25,7 @@ WRITTEN = (
     *TRAINED,
     *(
         "adapter_config.json",
+        "base_fingerprint.json",
         "README.md",
         "result.json",
         "log.jsonl",

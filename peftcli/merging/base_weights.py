@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftcli.adapters.base import SiteShape
 from peftcli.adapters.base_facts import STORED_TRANSPOSED, BaseFacts, read_base, weight_files
+from peftcli.adapters.fingerprint import ROWS, config_facts, embeddings_digest
 from peftcli.adapters.header import TensorInfo, read_header
 from peftcli.errors import InputError
 from peftcli.merging.tensors import read_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+TABLES = (".embed_tokens.weight", ".wte.weight", ".word_embeddings.weight", ".embed_in.weight")
+"""What the input embedding is called in a checkpoint."""
 
 
 class BaseWeights:
@@ -34,6 +38,18 @@ class BaseWeights:
         }
         if not self.files:
             raise InputError("has no safetensors weights", place=folder, field="--base")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the files tell of which base this is; see `adapters/fingerprint.py`."""
+        from safetensors import safe_open
+
+        config = {**self.facts.language_config, "model_type": self.facts.config.get("model_type")}
+        told: dict[str, Any] = {"config": config_facts(config)}
+        tables = [name for name in self.files if f".{name}".endswith(TABLES)]
+        if len(tables) == 1:
+            with safe_open(self.files[tables[0]], framework="pt") as file:
+                told["embeddings"] = embeddings_digest(file.get_slice(tables[0])[:ROWS])
+        return told
 
     def find(self, name: str) -> TensorInfo | None:
         """A tensor by its name in the model; `info.name` is its name in the checkpoint."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peftcli.adapters.audit import Audit, audit_folder
 from peftcli.adapters.audit_modules import Part
 from peftcli.adapters.base import Adapter, DeltaAdapter, LowRankAdapter, SiteShape, Tensors, fill
+from peftcli.adapters.fingerprint import check_fingerprint
 from peftcli.adapters.header import TensorInfo
 from peftcli.adapters.keys import PREFIX
 from peftcli.adapters.registry import adapter_class
@@ -43,6 +44,8 @@ class Source:
         self.audit: Audit = audit_folder(folder, base=base.folder if base else None)
         if self.audit.errors:
             raise self.audit.errors[0] if len(self.audit.errors) == 1 else InputErrors(self.audit.errors)
+        if base is not None:
+            check_fingerprint(folder, base.fingerprint())
         self.config: Any = self.audit.config
         if self.part and adapter_class(self.part.config).knows_neighbours:
             raise InputError(

@@ -19,7 +19,7 @@ MOST_NAMED = 3  # parameters
 
 
 def not_finite(trainer: Trainer, window: Window, losses: list[Tensor]) -> RunError:
-    """The error that names step, batch and samples, or the parameters, on whatever process it happened.
+    """The error that names step, batch, samples and parameters, on whatever process it happened.
 
     Every process has to call it, before anything has touched a parameter or the disk.
 
@@ -32,13 +32,19 @@ def not_finite(trainer: Trainer, window: Window, losses: list[Tensor]) -> RunErr
         for number, (batch, loss) in enumerate(zip(window, losses, strict=True), start=1)
         if not math.isfinite(float(loss))
     ]
-    gradients = [
-        f"the gradient of {name} is not finite"
-        for name, parameter in trainer.model.named_parameters()
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
-    ]
-    found = gather_object(batches) or gather_object(gradients[:MOST_NAMED])
+    weights, gradients = [], []
+    for name, parameter in trainer.model.named_parameters():
+        if not _all_finite(parameter):
+            weights.append(f"{name} holds values that are not finite")
+        elif parameter.grad is not None and not _all_finite(parameter.grad):
+            gradients.append(f"the gradient of {name} is not finite")
+    # A weight explains a loss, and both explain a gradient.
+    found = gather_object(batches + weights[:MOST_NAMED]) or gather_object(gradients[:MOST_NAMED])
     return RunError(
         f"step {trainer.progress.step + 1}: the loss or its gradient is not finite: {'; '.join(found)}. "
         "Nothing was saved since the last checkpoint; a lower training.learning_rate often helps"
     )
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

@@ -159,7 +159,11 @@ def test_gradients_survive_checkpointing(experts: dict[str, str], reentrant: boo
 def test_saved_and_loaded_is_the_same(experts: dict[str, str], tmp_path: Path) -> None:
     model = gated(experts)
     model.save_pretrained(tmp_path / "gate")
-    assert {path.name for path in (tmp_path / "gate").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (tmp_path / "gate").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "base_fingerprint.json",
+    }
     with safe_open(tmp_path / "gate" / "adapter_model.safetensors", "pt") as file:
         assert all(key.startswith("base_model.internal_xlora_classifier.layers.") for key in file.keys())  # noqa: SIM118
     again = PeftModel.from_pretrained(llama(), tmp_path / "gate")
