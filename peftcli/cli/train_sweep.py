@@ -11,7 +11,7 @@ from peftcli.cli import console
 from peftcli.errors import EXIT_FAILURE, InputError, InputErrors, RunError
 from peftcli.recipe.adapter_section import FULL
 from peftcli.sweep.grid import Grid, make_grid, parse_axis
-from peftcli.sweep.runs import DONE, FAILED, NEW, PARTIAL, Run, carry_out, find_runs
+from peftcli.sweep.runs import DONE, FAILED, NEW, PARTIAL, Run, carry_out, find_runs, forget
 
 if TYPE_CHECKING:
     from peftcli.training.outline import Outline
@@ -65,6 +65,8 @@ def run(request: Request) -> int:
 
     runs = _prepared(request)
     folder = runs[0].folder.parent
+    for one in runs if request.overwrite else []:
+        forget(one)
     say = console.note if request.as_json else console.say
     for number, one in enumerate(runs, start=1):
         head = f"[{number}/{len(runs)}] {_settings(one)}"
@@ -78,7 +80,7 @@ def run(request: Request) -> int:
                 console.note(f"  {line}")
 
         try:
-            carry_out(one, launcher_arguments=request.launcher_arguments, overwrite=request.overwrite, watch=watch)
+            carry_out(one, launcher_arguments=request.launcher_arguments, watch=watch)
         except RunError:
             save(runs, folder)
             raise

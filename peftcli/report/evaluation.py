@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from peftcli import __version__
 from peftcli.errors import printable
+from peftcli.files import write_atomically
 from peftcli.recipe.redact import redact
-from peftcli.report import folder as files
 from peftcli.report.evaluation_plots import plot_losses, plot_metrics
+from peftcli.report.folder import FILES, write_json
 from peftcli.report.numbers import difference, number, p_value, pairs
 
 if TYPE_CHECKING:
@@ -53,14 +54,14 @@ def write_report(folder: Path, comparison: Comparison, results: dict[str, Any], 
     if comparison.losses:
         pictures["losses.png"] = plot_losses(comparison.losses)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in set(files.FILES) - set(pictures):
+    for name in set(FILES) - set(pictures):
         (folder / name).unlink(missing_ok=True)  # of an earlier report
     for name, picture in pictures.items():
-        files.write(folder / name, picture)
-    files.write_json(folder / "results.json", results)
+        write_atomically(folder / name, picture)
+    write_json(folder / "results.json", results)
     facts = list(_facts(results))
-    files.write(folder / "report.md", "\n".join(_markdown(comparison, facts, metrics, pictures)) + "\n")
-    files.write(folder / "report.html", "\n".join(_html(comparison, facts, metrics, pictures)) + "\n")
+    write_atomically(folder / "report.md", "\n".join(_markdown(comparison, facts, metrics, pictures)) + "\n")
+    write_atomically(folder / "report.html", "\n".join(_html(comparison, facts, metrics, pictures)) + "\n")
     return folder / "report.html"
 
 

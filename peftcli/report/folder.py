@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from peftcli.errors import InputError, printable
+from peftcli.files import write_atomically
 
 FILES = ("report.html", "report.md", "results.json", "metrics.png", "losses.png")
 
@@ -30,15 +30,5 @@ def require_usable(folder: Path) -> None:
         )
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file in one step."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def write_json(path: Path, values: Any) -> None:
-    write(path, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

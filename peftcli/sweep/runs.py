@@ -15,10 +15,11 @@ from typing import Any
 
 from peftcli.cli import run_folder
 from peftcli.errors import InputError, RunError, printable
-from peftcli.files import read_bounded, read_strict_json
+from peftcli.files import read_bounded, read_strict_json, write_atomically
 from peftcli.recipe.load import dump_recipe
 from peftcli.recipe.yaml12 import MAX_BYTES_READ
 from peftcli.sweep.grid import Combination, Grid
+from peftcli.training.checkpoints import remove
 
 RESULT = "result.json"
 WEIGHTS = ("adapter_model.safetensors", "model*.safetensors")
@@ -89,12 +90,21 @@ def find_runs(grid: Grid, *, overwrite: bool) -> list[Run]:
     return runs
 
 
+def forget(run: Run) -> None:
+    """Remove what an earlier run left, for `--overwrite`: a sweep that is stopped then goes on without it."""
+    for path in (run.folder, run.recipe_file, run.log):
+        remove(path)
+
+
 def _look_at(run: Run) -> None:
-    """Find out how far a run has come."""
-    stored = run.folder / run_folder.RECIPE
-    if not stored.is_file():
+    """Find out how far a run has come.
+
+    What it was started with is compared, not the run folder's own recipe: that names the classes of its data, too.
+    """
+    if not (run.folder / run_folder.RECIPE).is_file():
         return
-    if read_bounded(stored, MAX_BYTES_READ).decode("utf-8", "replace") != dump_recipe(run.combination.recipe):
+    started = read_bounded(run.recipe_file, MAX_BYTES_READ) if run.recipe_file.is_file() else b""
+    if started.decode("utf-8", "replace") != dump_recipe(run.combination.recipe):
         raise InputError(
             "holds the run of another recipe: what is not swept has changed since",
             place=run.folder,
@@ -124,16 +134,16 @@ def _changed_since(combination: Combination, when: float) -> Path | None:
     return None
 
 
-def carry_out(run: Run, *, launcher_arguments: Sequence[str], overwrite: bool, watch: Watch) -> None:
+def carry_out(run: Run, *, launcher_arguments: Sequence[str], watch: Watch) -> None:
     """Start or continue a run and wait for it; its state and result are known afterwards.
 
     Raises:
         RunError: we were told to stop. The run was, too, and has saved its work.
     """
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    run.recipe_file.write_text(dump_recipe(run.combination.recipe), encoding="utf-8")
+    write_atomically(run.recipe_file, dump_recipe(run.combination.recipe))
     command = [sys.executable, "-m", "peftcli", "train", str(run.recipe_file)]
-    command += ["--resume", "auto"] if run.state == PARTIAL else ["--overwrite"] if overwrite else []
+    command += ["--resume", "auto"] if run.state == PARTIAL else []
     command += ["--", *launcher_arguments] if launcher_arguments else []
     process = subprocess.Popen(
         command,
@@ -155,8 +165,8 @@ def carry_out(run: Run, *, launcher_arguments: Sequence[str], overwrite: bool, w
         run.state, run.result, run.reason = DONE, read_strict_json(run.folder / RESULT), ""
     elif received:
         run.state = PARTIAL
-        again = "the same command without --overwrite" if overwrite else "the same command"
-        error = RunError(f"stopped by {signal.Signals(received[0]).name}; {again} goes on from here")
+        name = signal.Signals(received[0]).name
+        error = RunError(f"stopped by {name}; the same command (without --overwrite) goes on from here")
         error.exit_code = 128 + received[0]
         raise error
     else:

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftcli.files import write_atomically
 from peftcli.recipe.redact import redact
-from peftcli.report.folder import write
 from peftcli.sweep.runs import DONE, Run
 
 JSON, MARKDOWN, PLOT = "sweep.json", "sweep.md", "sweep.png"
@@ -78,10 +78,10 @@ def cells(run: Run, metric: str) -> tuple[str, ...]:
 
 def save(runs: Sequence[Run], folder: Path) -> None:
     """Write table and plot; each file appears whole or not at all."""
-    write(folder / JSON, json.dumps(to_dict(runs), indent=1, allow_nan=False) + "\n")
-    write(folder / MARKDOWN, "\n".join(_markdown(runs)) + "\n")
+    write_atomically(folder / JSON, json.dumps(to_dict(runs), indent=1, allow_nan=False) + "\n")
+    write_atomically(folder / MARKDOWN, "\n".join(_markdown(runs)) + "\n")
     if any(run.state == DONE for run in runs):
-        write(folder / PLOT, plot(runs))
+        write_atomically(folder / PLOT, plot(runs))
 
 
 def _markdown(runs: Sequence[Run]) -> Iterator[str]:

@@ -165,7 +165,10 @@ def test_a_stopped_sweep_goes_on_where_it_was(place: Path, here: Here) -> None:
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, said
-    assert "stopped by SIGTERM; the same command goes on from here" in said and "Traceback" not in said
+    assert (
+        "stopped by SIGTERM; the same command (without --overwrite) goes on from here" in said
+        and "Traceback" not in said
+    )
     table = json.loads((place / "run" / "sweep" / "sweep.json").read_text())
     assert [run["state"] for run in table["runs"]] == ["interrupted", "not run yet"]
     shown, _ = here.peft("train", *arguments)

@@ -91,8 +91,8 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(run: Path, capsys, 
 
 def test_what_is_no_adapter_is_refused(run: Path, tmp_path: Path, capsys) -> None:
     recipe = write_recipe(tmp_path / "mine.yaml", tmp_path / "untrained")
-    full = tmp_path / "full.yaml"
-    write_recipe(full, run, "full")
+    full = write_recipe(tmp_path / "full.yaml", run, "full")
+    write_recipe(run / "recipe.yaml", run, "full")
     for given, message in ((tmp_path, "no adapter here"), (recipe, "train it first"), (full, "trained in full")):
         assert main(["eval", str(given)]) == 2
         assert message in capsys.readouterr().err
