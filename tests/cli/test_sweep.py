@@ -152,7 +152,7 @@ def test_a_sweep_from_end_to_end(place: Path, here: Here) -> None:
 
 def test_a_stopped_sweep_goes_on_where_it_was(place: Path, here: Here) -> None:
     """SIGTERM in the first of two runs: it saves, the sweep ends with the signal's code, and the next one continues it."""
-    long = ["training.max_steps=300", "training.save_steps=300", "training.eval_strategy=no"]
+    long = ["training.max_steps=200", "training.save_steps=200", "training.eval_strategy=no"]
     arguments = ["recipe.yaml", *long, "--sweep", "training.seed=1,2"]
     log = place / "run" / "sweep" / "seed-1" / "log.jsonl"
     process = subprocess.Popen(
@@ -176,4 +176,4 @@ def test_a_stopped_sweep_goes_on_where_it_was(place: Path, here: Here) -> None:
     assert "continuing from" in (place / "run" / "sweep" / "seed-1.log").read_text()
     for seed in (1, 2):
         result = json.loads((place / "run" / "sweep" / f"seed-{seed}" / "result.json").read_text())
-        assert result["steps"] == 300
+        assert result["steps"] == 200
