@@ -215,8 +215,9 @@ def _seed_of_split(recipe: Recipe) -> int | None:
 def _of_run(settings: dict[str, str], error: InputError) -> InputError:
     run = " ".join(f"{field}={value}" for field, value in settings.items())
     fix = error.fix
-    if METHOD in settings and "has no such field" in error.problem:
-        fix = f"sweep whole sections instead: --sweep 'adapter={{method: {settings[METHOD]}}},{{method: ..., r: 8}}'"
+    if METHOD in settings and any(text in error.problem for text in ("has no such field", "must be given")):
+        method = settings[METHOD]
+        fix = f"give methods their own fields as whole sections: --sweep 'adapter={{method: {method}, ...}},{{method: ...}}'"
     place = ": ".join(str(part) for part in (f"run {run}", error.place) if part)
     return InputError(error.problem, place=place, field=error.field, allowed=error.allowed, fix=fix)
 
