@@ -12,37 +12,39 @@ if TYPE_CHECKING:
 
 BASE_COLOUR = "0.65"
 PANELS_IN_A_ROW = 4
+MAX_NAME = 48  # characters
 
 
 def plot_metrics(rows: Sequence[Row]) -> bytes:
     """A PNG with a panel for each metric: base and adapters as bars, with lines of one standard error each way."""
     columns = min(PANELS_IN_A_ROW, len(rows))
     lines = math.ceil(len(rows) / columns)
-    bars = 1 + len(rows[0].adapters)
-    figure = _figure(max(2.4, 0.55 * bars + 1.2) * columns, 2.7 * lines)
+    names = ["base", *rows[0].adapters]
+    figure = _figure(2.9 * columns + 0.07 * max(map(len, names)), (0.9 + 0.3 * len(names)) * lines)
     for index, row in enumerate(rows):
         axes = figure.add_subplot(lines, columns, index + 1)
-        estimates = {"base": row.base, **row.adapters}
-        errors = [0.0 if math.isnan(one.standard_error) else one.standard_error for one in estimates.values()]
-        axes.bar(
-            range(bars),
-            [one.value for one in estimates.values()],
-            yerr=errors,
-            color=[colour(place) for place in range(bars)],
-            capsize=3,
-            width=0.7,
-        )
-        axes.set_xticks(range(bars), [_text(name) for name in estimates], rotation=30 if bars > 3 else 0, fontsize=8)
-        arrow = "higher is better" if row.higher_is_better else "lower is better"
-        axes.set_title(f"{_text(row.metric)}\n", fontsize=10, fontweight="bold")
-        axes.text(
-            0.5, 1.02, f"n = {row.count}, {arrow}", transform=axes.transAxes, ha="center", va="bottom", fontsize=7
-        )
-        axes.tick_params(axis="y", labelsize=8)
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        _draw(axes, row)
+        axes.set_yticks(range(len(names)), map(_text, names) if index % columns == 0 else [""] * len(names), fontsize=8)
     return _png(figure)
+
+
+def _draw(axes: Any, row: Row) -> None:
+    """The bars of one metric, the base on top."""
+    estimates = [row.base, *row.adapters.values()]
+    values = [one.value for one in estimates]
+    errors = [0.0 if math.isnan(one.standard_error) else one.standard_error for one in estimates]
+    colours = [colour(place) for place in range(len(values))]
+    bars = axes.barh(range(len(values)), values, xerr=errors, color=colours, capsize=3, height=0.7)
+    axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=4, fontsize=7)
+    axes.set_xlim(min(0.0, *values), max(0.0, *values) * 1.2 or 1.0)
+    axes.invert_yaxis()
+    arrow = "higher is better" if row.higher_is_better else "lower is better"
+    axes.set_title(f"{_text(row.metric)}\n", fontsize=10, fontweight="bold")
+    axes.text(0.5, 1.02, f"n = {row.count}, {arrow}", transform=axes.transAxes, ha="center", va="bottom", fontsize=7)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def plot_losses(losses: Mapping[str, Any]) -> bytes:
@@ -87,5 +89,5 @@ def _png(figure: Any) -> bytes:
 
 
 def _text(name: str) -> str:
-    """A name as it stands: a dollar sign begins no formula."""
-    return name.replace("$", r"\$")
+    """A name as it stands, a very long one cut: a dollar sign begins no formula."""
+    return (name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…").replace("$", r"\$")
