@@ -209,10 +209,13 @@ def find_checkpoint(run_folder: Path, which: str | Path) -> Found:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, judged by its manifest, or None if every byte is as it was written."""
     try:
-        manifest = parse_json(read_bounded(checkpoint / MANIFEST, MAX_MANIFEST_BYTES))
+        raw = read_bounded(checkpoint / MANIFEST, MAX_MANIFEST_BYTES)
+        manifest = parse_json(raw)
         if manifest["format"] != MANIFEST_FORMAT:
             return f"{MANIFEST} has format {printable(manifest['format'])}; this version reads {MANIFEST_FORMAT}"
         entries = [(str(entry["name"]), int(entry["size"]), str(entry["sha256"])) for entry in manifest["files"]]
+        if _manifest({key: value for key, value in manifest.items() if key != "sha256"}) != raw:
+            return f"{MANIFEST} has changed since it was written"
     except InputError as error:
         return f"{MANIFEST} {error.problem}"
     except (ValueError, KeyError, TypeError):
@@ -273,9 +276,15 @@ def _seal(folder: Path, facts: dict[str, Any]) -> None:
         for path in files
     ]
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({**facts, "files": entries}, indent=1) + "\n", encoding="utf-8")
+    manifest.write_bytes(_manifest({**facts, "files": entries}))
     _flush(manifest)
     _flush(folder)
+
+
+def _manifest(facts: dict[str, Any]) -> bytes:
+    """The manifest's bytes: the facts and their own sha256."""
+    digest = hashlib.sha256(json.dumps(facts, indent=1).encode()).hexdigest()
+    return (json.dumps({**facts, "sha256": digest}, indent=1) + "\n").encode()
 
 
 def _flush(path: Path) -> None:

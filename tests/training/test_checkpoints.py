@@ -19,6 +19,7 @@ from peftcli.errors import InputError, RunError
 from peftcli.training import state
 from peftcli.training.checkpoints import (
     MANIFEST,
+    _manifest,
     checkpoints,
     damage,
     find_checkpoint,
@@ -88,11 +89,21 @@ def test_a_damaged_manifest_is_seen(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_manifest_cannot_reach_outside(tmp_path: Path) -> None:
-    folder = write(tmp_path, 1)
     (tmp_path / "outside").write_text("x")
-    text = (folder / MANIFEST).read_text().replace("trainer.json", "../outside")
-    (folder / MANIFEST).write_text(text)
+    folder = write(tmp_path, 1)
+    facts = json.loads((folder / MANIFEST).read_text())
+    del facts["sha256"]
+    facts["files"][0]["name"] = "../outside"
+    (folder / MANIFEST).write_bytes(_manifest(facts))
     assert damage(folder) == "manifest.json names a file outside the checkpoint"
+
+
+def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
+    manifest = write(tmp_path, 1) / MANIFEST
+    whole = manifest.read_bytes()
+    for at in range(len(whole)):
+        manifest.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        assert damage(manifest.parent) is not None, whole[:at]
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
