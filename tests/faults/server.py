@@ -4,7 +4,7 @@ A request on stdin is one JSON line: `arguments`, `folder` (the current one, and
     event: n          kill -9 before the n-th open for writing, fsync, rename, mkdir or removal below the folder
     bytes: n          kill as soon as a file grows beyond n bytes (the kernel does it, in the middle of whatever write)
     seconds: t        kill -9 after t seconds
-    signals: [[s, t]] send signal s after t seconds each
+    signals: [[s, t]] send signal s after t seconds each, counted from the third line of the run's log.jsonl if `log` is set
 The answer: `code` (negative: the signal that ended it), `events` (how many there were), `seconds`, `out`, `err`.
 """
 
@@ -76,6 +76,8 @@ def child(request: dict[str, Any], counter: int) -> None:
     code = 99
     try:
         code = main(request["arguments"])
+    except SystemExit as left:
+        code = int(left.code or 0)
     finally:
         sys.stdout.flush()
         os._exit(code)
@@ -88,15 +90,20 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
     pid = os.fork()
     if pid == 0:
         child(request, counter)
+    status = None
+    if "log" in request:
+        status = wait_for_log(pid, Path(request["folder"]) / "run/log.jsonl")
+    clock = time.monotonic() if "log" in request else began
     moments = [(after, number) for number, after in request.get("signals", [])]
     if "seconds" in request:
         moments.append((request["seconds"], signal.SIGKILL))
     for after, number in sorted(moments):
-        if (status := wait(pid, began + after)) is not None:
+        status = wait(pid, clock + after) if status is None else status
+        if status is not None:
             break
         os.kill(pid, number)
     else:
-        status = wait(pid, began + 600)
+        status = status if status is not None else wait(pid, time.monotonic() + 600)
     folder = Path(request["folder"])
     count = int.from_bytes(os.pread(counter, 4, 0), "little")
     os.close(counter)
@@ -107,6 +114,14 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
         "out": (folder / ".out").read_text(errors="replace"),
         "err": (folder / ".err").read_text(errors="replace"),
     }
+
+
+def wait_for_log(pid: int, log: Path) -> int | None:
+    """The status of a child that ends before its log has three lines."""
+    while not log.exists() or log.read_bytes().count(b"\n") < 3:
+        if (status := wait(pid, time.monotonic() + 0.02)) is not None:
+            return status
+    return None
 
 
 def wait(pid: int, until: float) -> int | None:
