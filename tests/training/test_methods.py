@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from transformers import LlamaForCausalLM
 
+from peftcli import LoraConfig, get_peft_model
 from peftcli.adapters.registry import method_names
 from peftcli.recipe.load import load_recipe
 from peftcli.training import worker
@@ -67,3 +70,26 @@ def test_trained_verified_and_resumed(name: str, base: Path, tmp_path: Path) -> 
     shutil.rmtree(folder / "checkpoint-4")
     worker.run(folder, resume="auto", console=Console(file=io.StringIO()))
     assert written.read_bytes() == before
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_gate_and_its_experts_are_resumed(trainable: bool, base: Path, tmp_path: Path) -> None:
+    """X-LoRA: the gate alone, or the experts with it."""
+    experts = {}
+    for number, name in enumerate(("law", "art")):
+        torch.manual_seed(number)
+        model = get_peft_model(
+            LlamaForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        )
+        model.save_pretrained(tmp_path / name)
+        experts[name] = str(tmp_path / name)
+    adapter = {"method": "xlora", "adapters": experts, "use_trainable_adapters": trainable, "xlora_depth": 1}
+    folder = prepare_run(tmp_path / "run", base, adapter)
+    result = worker.run(folder, console=Console(file=io.StringIO()))
+    assert result is not None and result.difference < 1e-5
+    before = {path: path.read_bytes() for path in folder.rglob("*.safetensors") if "checkpoint-2" not in str(path)}
+    assert any(path.parent.name == "law" for path in before) == trainable
+    shutil.rmtree(folder / "checkpoint-4")
+    (folder / "adapter_model.safetensors").unlink()
+    worker.run(folder, resume="auto", console=Console(file=io.StringIO()))
+    assert {path: path.read_bytes() for path in before} == before
