@@ -6,20 +6,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from peftcli.adapters import checkpoint
-from peftcli.adapters.config import PeftConfig, TaskType, read_config
+from peftcli.adapters.config import AUTO_CLASSES, PeftConfig, TaskType, read_config
 from peftcli.adapters.model import PeftModel
 from peftcli.adapters.task_models import model_class
 from peftcli.errors import InputError, printable
-
-AUTO_CLASSES = {
-    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
-    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
-    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
-    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
-    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
-    TaskType.FEATURE_EXTRACTION: "AutoModel",
-}
-"""The transformers class that loads the base for a task."""
 
 
 class AutoPeftModel:

@@ -11,7 +11,7 @@ import warnings
 from torch import nn  # noqa: TID253
 
 from peftcli.adapters.base import Adapter, CopyAdapter, CopyNames, DeltaAdapter
-from peftcli.adapters.config import INPUT_EMBEDDINGS, TunerConfig, as_set
+from peftcli.adapters.config import HEADS, INPUT_EMBEDDINGS, TunerConfig, as_set
 from peftcli.adapters.copies import MODULES_TO_SAVE
 from peftcli.adapters.engine import base_modules, embeddings
 from peftcli.adapters.module_layer import ModuleSite
@@ -20,6 +20,8 @@ from peftcli.adapters.registry import adapter_class, adapter_class_of
 from peftcli.adapters.sites import LinearSite, ParameterSite, Site, TransposedSite, site_for
 from peftcli.adapters.targets import default_targets, matches, select, unmatched_targets
 from peftcli.errors import InputError
+
+TASK_HEADS = frozenset(head for heads in HEADS.values() for head in heads)
 
 
 def plan_sites(model: nn.Module, config: TunerConfig) -> list[tuple[Site, Adapter]]:
@@ -110,14 +112,14 @@ def _targets(model: nn.Module, config: TunerConfig, base: dict[str, nn.Module]) 
 
 
 def _is_linear(model: nn.Module, path: str, module: nn.Module) -> bool:
-    """What `all-linear` means: every linear layer but the output head."""
+    """What `all-linear` means: every linear layer but the output head, be it of words, classes or positions."""
     site = site_for(module, path)
     if not isinstance(site, (LinearSite, TransposedSite)):
         return False
     head = embeddings(model)[1]
     is_head = head is not None and (module is head or getattr(head, "base_layer", None) is module)
-    is_classifier = path in ("score", "classifier") and "Classification" in type(model).__name__
-    return not is_head and not is_classifier
+    has_task_head = any(kind in type(model).__name__ for kind in ("Classification", "QuestionAnswering"))
+    return not is_head and not (has_task_head and path.split(".")[0] in TASK_HEADS)
 
 
 def _fill_defaults(model: nn.Module, config: TunerConfig) -> None:
@@ -167,7 +169,7 @@ def _modules_to_save(model: nn.Module, config: TunerConfig | PromptLearningConfi
         return []
     paths = [path for path, _ in base_modules(model) if path and matches(list(names), path, field="modules_to_save")]
     unmatched = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths)]
-    heads = ("classifier", "score", "qa_outputs")  # task types add all of them; a model has one
-    if missing := [name for name in unmatched if name not in heads]:
+    # Task types add all heads there are; a model has one.
+    if missing := [name for name in unmatched if name not in TASK_HEADS]:
         raise InputError(f"{missing} name no module of the model", field="modules_to_save")
     return paths

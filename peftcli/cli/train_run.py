@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from peftcli.launchers import configs as launcher_configs
 from peftcli.launchers.run import run as run_processes
 from peftcli.launchers.run import worker_arguments
 from peftcli.recipe.load import dump_recipe
+from peftcli.recipe.task_rules import task_of
 
 if TYPE_CHECKING:
     from peftcli.data.prepare import Prepared, Progress
@@ -104,7 +105,7 @@ def run(request: Request) -> None:
     with run_folder.prepared(folder) as made:
         setup = _set_up(request, made / run_folder.DATA)
         launcher_configs.write(made / run_folder.DATA, setup.launcher)
-        text = dump_recipe(_to_store(request.recipe))
+        text = dump_recipe(_to_store(setup.request.recipe))
         with run_folder.installed(made, folder, text, overwrite=resume is None):
             if not request.as_json:
                 train_screens.show(setup)
@@ -140,7 +141,19 @@ def _set_up(request: Request, data_folder: Path) -> Setup:
     model = outline(recipe)
     tokenizer = load_tokenizer(recipe.model)
     with _progress() as progress:
-        prepared = prepare(recipe.data, tokenizer, folder=data_folder, seed=recipe.training.seed, progress=progress)
+        prepared = prepare(
+            recipe.data,
+            tokenizer,
+            folder=data_folder,
+            seed=recipe.training.seed,
+            task=task_of(recipe),
+            labels=recipe.model.labels,
+            progress=progress,
+        )
+    if prepared.report.labels != recipe.model.labels:  # the data's own
+        section = recipe.model.model_copy(update={"labels": prepared.report.labels})
+        recipe = recipe.model_copy(update={"model": section})
+        request, model = replace(request, recipe=recipe), outline(recipe)
     memory = plan_memory(recipe, prepared.train, prepared.eval, processes=processes)
     return Setup(request, tokenizer, model, prepared, processes, launcher, memory)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from peftcli.cli import console
 from peftcli.errors import printable
 from peftcli.inspection.recipe import method_line
+from peftcli.recipe.task_rules import task_of
 
 if TYPE_CHECKING:
     from peftcli.cli.train_run import Setup
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from peftcli.training.publish import RunResult
 
 MAX_SAMPLE = 3000  # characters of a sample on the screen
+MAX_CLASSES = 8
 
 
 def show(setup: Setup) -> None:
@@ -35,8 +37,10 @@ def show(setup: Setup) -> None:
 
 def show_sample(setup: Setup) -> None:
     """The first training sample, what is given apart from what is learnt, a bar between tokens."""
-    ids, supervised = setup.prepared.train[0]
-    console.say(f"first sample: {len(ids)} tokens, {int(supervised.sum())} learnt", style="bold")
+    data = setup.prepared.train
+    ids, supervised = data[0]
+    learnt = f", {int(supervised.sum())} learnt" if supervised.any() else ""
+    console.say(f"first sample: {len(ids)} tokens{learnt}{_target(setup)}", style="bold")
     left = MAX_SAMPLE
     for learnt, run in groupby(zip(ids.tolist(), supervised.tolist(), strict=True), key=lambda pair: pair[1]):
         text = "|".join(setup.tokenizer.decode([token]).replace("\n", "\\n") for token, _ in run)
@@ -46,6 +50,14 @@ def show_sample(setup: Setup) -> None:
         left -= len(text)
         if left <= 0:
             break
+
+
+def _target(setup: Setup) -> str:
+    """What the first sample has to give as a whole."""
+    targets, labels = setup.prepared.train.targets, setup.prepared.report.labels
+    if targets is None or task_of(setup.request.recipe) not in ("SEQ_CLS", "QUESTION_ANS"):
+        return ""
+    return f" -> {printable(labels[targets[0, 0]])}" if labels else f" -> tokens {targets[0, 0]} to {targets[0, 1]}"
 
 
 def show_result(file: str, result: RunResult) -> None:
@@ -82,16 +94,19 @@ def _data(report: DataReport) -> Iterator[tuple[str, str]]:
     yield "train", _part(report.train)
     if report.eval is not None:
         yield "eval", _part(report.eval)
+    if report.labels:
+        shown = ", ".join(printable(name, 40) for name in report.labels[:MAX_CLASSES])
+        yield "classes", f"{len(report.labels)}: {shown}" + ", ..." * (len(report.labels) > MAX_CLASSES)
     for source in report.train.sources:
         template = "chat template" if source.templated else "plain text"
         yield "from", f"{source.path} ({source.format}, {template}, {source.rows:,} rows)"
 
 
 def _part(part: PartReport) -> str:
-    share = part.supervised_tokens / part.tokens
+    learnt = f", {part.supervised_tokens:,} learnt ({part.supervised_tokens / part.tokens:.0%})"
     truncated = sum(source.truncated for source in part.sources)
     return (
-        f"{part.samples:,} samples, {part.tokens:,} tokens, {part.supervised_tokens:,} learnt ({share:.0%}), "
+        f"{part.samples:,} samples, {part.tokens:,} tokens{learnt if part.supervised_tokens else ''}, "
         f"longest {part.longest:,}" + (f", {truncated:,} truncated" if truncated else "")
     )
 

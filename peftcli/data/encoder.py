@@ -78,6 +78,22 @@ class Encoder:
         longest_first = sorted(self._control.values(), key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
+    labels: None = None
+    """A language model has no classes (`task_encoders.py` has the other tasks)."""
+
+    def length(self, sample: Sample) -> int:
+        """Tokens of the sample."""
+        return len(sample[0])
+
+    def pieces(self, sample: Sample, longest: int, split: bool) -> list[Sample]:
+        """A sample that is too long, cut, or cut into several."""
+        ids, supervised = sample
+        starts = range(0, len(ids), longest) if split else [0]
+        pieces = [(ids[start : start + longest], supervised[start : start + longest].copy()) for start in starts]
+        for _, mask in pieces:
+            mask[0] = False  # nothing predicts the first token of a sample
+        return pieces
+
     def encode(self, example: Example, place: str) -> list[Sample]:
         """The samples of one example; none if all its answers are blank.
 

@@ -7,6 +7,11 @@
 | alpaca | instruction, output (input) | user and assistant turn | Stanford Alpaca's prompt, output |
 | prompt_completion | prompt, completion (tools) | user and assistant turn | prompt, completion |
 | text | text | - | text |
+| preference | prompt, chosen, rejected (tools) | two conversations | two prompts and completions |
+| seq2seq | source, target | - | source, target |
+
+The other tasks' formats (classification, tokens, qa, pairs) are in `task_formats.py`; `TASK_FORMATS` says which task takes
+which.
 """
 
 from __future__ import annotations
@@ -16,6 +21,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from peftcli.data import task_formats
+from peftcli.data.values import objects, text
 from peftcli.errors import InputError, nearest, printable
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -51,7 +58,16 @@ class Completion:
     completion: str
 
 
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt, of which the first is preferred (DPO, ORPO)."""
+
+    chosen: Conversation | Completion
+    rejected: Conversation | Completion
+
+
 Example: TypeAlias = Conversation | Completion
+"""What a causal language model learns from."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +84,10 @@ class Format:
     required: tuple[str, ...]
     optional: tuple[str, ...]
     template: Literal["always", "optional", "never"]
-    parse: Callable[[dict[str, Any], bool], Example]
+    parse: Callable[[dict[str, Any], bool], Any]
 
 
-def parse_row(name: str, values: dict[str, Any], place: str, templated: bool) -> Example:
+def parse_row(name: str, values: dict[str, Any], place: str, templated: bool) -> Any:
     """The example that one row holds.
 
     Args:
@@ -99,55 +115,43 @@ def parse_row(name: str, values: dict[str, Any], place: str, templated: bool) ->
         raise InputError(error.problem, place=place, field=error.field, allowed=error.allowed, fix=error.fix) from error
 
 
-def detect(columns: Collection[str], place: str) -> str:
+def detect(columns: Collection[str], place: str, task: str = "CAUSAL_LM") -> str:
     """The format of a data set from the columns of its first row.
+
+    Args:
+        columns: of that row.
+        place: file and line, for messages.
+        task: a key of `TASK_FORMATS`: only its formats are looked for.
 
     Raises:
         InputError: no format fits, or one that another task is trained on.
     """
-    for name, marks in _OTHER_TASKS.items():
-        if marks <= set(columns):
+    own = {name: FORMATS[name] for name in TASK_FORMATS[task]}
+    for name, marks in _MARKS.items():
+        if name not in own and marks <= set(columns):
+            tasks = " or ".join(other for other, formats in TASK_FORMATS.items() if name in formats)
             raise InputError(
-                f"has {_shown(marks)}: data for {name}, which trains another task",
+                f"has {_shown(marks)}: data for {tasks}, not for {task}",
                 place=place,
-                fix=f"name the format ({' '.join(FORMATS)}) if it is meant all the same",
+                fix=f"set {_HOW[tasks]}, or name the format ({' '.join(own)}) if it is meant all the same",
             )
-    for name, format in FORMATS.items():
+    for name, format in own.items():
         if all(column in columns for column in format.required):
             return name
-    wanted = sorted({column for format in FORMATS.values() for column in format.required})
+    wanted = sorted({column for format in own.values() for column in format.required})
     close = next(
         (f"`{column}`: did you mean `{near}`? " for column in columns if (near := nearest(column, wanted).name)), ""
     )
     raise InputError(
-        f"no known format has the columns {_shown(columns)}",
+        f"no format for {task} has the columns {_shown(columns)}",
         place=place,
-        allowed="; ".join(f"{name}: {', '.join(format.required)}" for name, format in FORMATS.items()),
-        fix=f"{close}map columns, e.g. `columns: {{prompt: question, completion: answer}}`",
+        allowed="; ".join(f"{name}: {', '.join(format.required)}" for name, format in own.items()),
+        fix=f"{close}map columns, e.g. `columns: {{{wanted[0]}: ...}}`",
     )
 
 
 def _shown(columns: Collection[str]) -> str:
     return printable(", ".join(f"`{column}`" for column in sorted(columns))) or "no columns"
-
-
-def _text(value: Any, column: str) -> str:
-    if not isinstance(value, str):
-        kind = "null" if value is None else type(value).__name__
-        raise InputError(f"must be a string, but is {kind}", field=column)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"holds half a surrogate pair at character {error.start}", field=column) from error
-    return value
-
-
-def _objects(value: Any, column: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise InputError(f"must be a list of objects, but is {printable(repr(value), 80)}", field=column)
-    if not value:
-        raise InputError("is an empty list", field=column)
-    return value
 
 
 def _tools(values: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -158,7 +162,7 @@ def _tools(values: dict[str, Any]) -> list[dict[str, Any]] | None:
             tools = json.loads(tools)
         except (ValueError, RecursionError) as error:
             raise InputError(f"is not valid JSON: {error}", field="tools") from error
-    return _objects(tools, "tools") if tools else None
+    return objects(tools, "tools") if tools else None
 
 
 def _content(value: Any, column: str) -> str:
@@ -166,8 +170,8 @@ def _content(value: Any, column: str) -> str:
     if isinstance(value, list):
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in value):
             raise InputError("has parts other than text", field=column, fix="only text is trained on")
-        return "".join(_text(part.get("text"), f"{column}.text") for part in value)
-    return _text(value, column)
+        return "".join(text(part.get("text"), f"{column}.text") for part in value)
+    return text(value, column)
 
 
 def _message(raw: dict[str, Any], column: str) -> tuple[dict[str, Any], bool]:
@@ -181,9 +185,7 @@ def _message(raw: dict[str, Any], column: str) -> tuple[dict[str, Any], bool]:
         raise InputError(f"is unknown: {printable(role)!r}", field=f"{column}.role", allowed=" ".join(ROLES))
     calls = message.get("tool_calls")
     if calls:
-        message["tool_calls"] = [
-            _call(call, f"{column}.tool_calls") for call in _objects(calls, f"{column}.tool_calls")
-        ]
+        message["tool_calls"] = [_call(call, f"{column}.tool_calls") for call in objects(calls, f"{column}.tool_calls")]
         message.setdefault("content", "")
     message["content"] = _content(message.get("content"), f"{column}.content")
     return message, role == "assistant" and train and weight == 1
@@ -207,7 +209,7 @@ def _call(call: dict[str, Any], column: str) -> dict[str, Any]:
 
 def _turns(value: Any, column: str) -> list[tuple[dict[str, Any], bool]]:
     """The messages of one column, checked."""
-    turns = [_message(raw, f"{column}[{index}]") for index, raw in enumerate(_objects(value, column))]
+    turns = [_message(raw, f"{column}[{index}]") for index, raw in enumerate(objects(value, column))]
     for index, (message, _) in enumerate(turns):
         if index and message["role"] in OPENING_ROLES:
             raise InputError(
@@ -226,7 +228,7 @@ def _chat(values: dict[str, Any], templated: bool) -> Example:
 
 def _sharegpt(values: dict[str, Any], templated: bool) -> Example:
     turns = []
-    for index, raw in enumerate(_objects(values["conversations"], "conversations")):
+    for index, raw in enumerate(objects(values["conversations"], "conversations")):
         column = f"conversations[{index}]"
         if "from" not in raw or "value" not in raw:
             raise InputError(f"has no `from` and `value`, but {_shown(raw)}", field=column)
@@ -237,7 +239,7 @@ def _sharegpt(values: dict[str, Any], templated: bool) -> Example:
         rest = {key: value for key, value in raw.items() if key not in ("from", "value")}
         turns.append({**rest, "role": role, "content": raw["value"]})
     system = values.get("system")
-    opening = [{"role": "system", "content": _text(system, "system")}] if system else []
+    opening = [{"role": "system", "content": text(system, "system")}] if system else []
     return _conversation(_turns(opening + turns, "conversations"), values)
 
 
@@ -250,8 +252,8 @@ ALPACA_PROMPT = (
 
 
 def _alpaca(values: dict[str, Any], templated: bool) -> Example:
-    instruction, output = _text(values["instruction"], "instruction"), _text(values["output"], "output")
-    given = _text(values["input"], "input") if values.get("input") else ""
+    instruction, output = text(values["instruction"], "instruction"), text(values["output"], "output")
+    given = text(values["input"], "input") if values.get("input") else ""
     if templated:
         return _pair(f"{instruction}\n\n{given}" if given else instruction, output, values)
     prompt = ALPACA_PROMPT.format(
@@ -269,7 +271,7 @@ def _prompt_completion(values: dict[str, Any], templated: bool) -> Example:
         turns = _turns(prompt + completion, "prompt + completion")
         answers = [(message, trainable and index >= len(prompt)) for index, (message, trainable) in enumerate(turns)]
         return _conversation(answers, values)
-    prompt, completion = _text(prompt, "prompt"), _text(completion, "completion")
+    prompt, completion = text(prompt, "prompt"), text(completion, "completion")
     return _pair(prompt, completion, values) if templated else Completion(prompt, completion)
 
 
@@ -279,7 +281,23 @@ def _pair(question: str, answer: str, values: dict[str, Any]) -> Conversation:
 
 
 def _running_text(values: dict[str, Any], templated: bool) -> Example:
-    return Completion("", _text(values["text"], "text"))
+    return Completion("", text(values["text"], "text"))
+
+
+def _preference(values: dict[str, Any], templated: bool) -> Preference:
+    """A prompt with two answers, as strings or as messages; or two whole conversations without a prompt."""
+    answers = [{**values, "completion": values[name]} for name in ("chosen", "rejected")]
+    if "prompt" in values:
+        chosen, rejected = (_prompt_completion(answer, templated) for answer in answers)
+    else:
+        chosen, rejected = (_conversation(_turns(values[name], name), values) for name in ("chosen", "rejected"))
+    if chosen == rejected:
+        raise InputError("is the same as `chosen`: there is nothing to prefer", field="rejected")
+    return Preference(chosen, rejected)
+
+
+def _source_target(values: dict[str, Any], templated: bool) -> Completion:
+    return Completion(text(values["source"], "source"), text(values["target"], "target"))
 
 
 FORMATS = {
@@ -288,12 +306,32 @@ FORMATS = {
     "prompt_completion": Format(("prompt", "completion"), ("tools",), "optional", _prompt_completion),
     "alpaca": Format(("instruction", "output"), ("input",), "optional", _alpaca),
     "text": Format(("text",), (), "never", _running_text),
+    "preference": Format(("chosen", "rejected"), ("prompt", "tools"), "optional", _preference),
+    "seq2seq": Format(("source", "target"), (), "never", _source_target),
+    "classification": Format(("text", "label"), ("text_pair",), "never", task_formats.classification),
+    "tokens": Format(("tokens", "tags"), (), "never", task_formats.tokens),
+    "qa": Format(("question", "context", "answers"), (), "never", task_formats.question),
+    "pairs": Format(("anchor", "positive"), (), "never", task_formats.pair),
 }
-"""Formats in the order in which they are tried."""
 
-_OTHER_TASKS = {
-    "preference training": {"chosen", "rejected"},
-    "classification": {"text", "label"},
-    "extractive question answering": {"question", "context", "answers"},
-    "token classification": {"tokens", "tags"},
+TASK_FORMATS = {
+    "CAUSAL_LM": ("chat", "sharegpt", "prompt_completion", "alpaca", "text"),
+    "preference": ("preference",),
+    "SEQ_2_SEQ_LM": ("seq2seq", "prompt_completion"),
+    "SEQ_CLS": ("classification",),
+    "TOKEN_CLS": ("tokens",),
+    "QUESTION_ANS": ("qa",),
+    "FEATURE_EXTRACTION": ("pairs",),
 }
+"""By task type, or for preference training, the formats in the order in which they are tried."""
+
+_MARKS = {
+    "preference": {"chosen", "rejected"},
+    "classification": {"text", "label"},
+    "qa": {"question", "context", "answers"},
+    "tokens": {"tokens", "tags"},
+    "pairs": {"anchor", "positive"},
+}
+"""Columns that tell data of another task, though a format of this one might fit as well."""
+
+_HOW = {task: f"model.task_type: {task}" for task in TASK_FORMATS} | {"preference": "a `preference:` section"}

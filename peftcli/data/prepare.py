@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -13,11 +13,14 @@ from peftcli.data.formats import FORMATS, detect, parse_row
 from peftcli.data.part import Part
 from peftcli.data.report import DataReport, PartReport, SourceReport, audit, choose_pad, warnings
 from peftcli.data.sources import read_source
-from peftcli.data.tokens import TokenDataset
+from peftcli.data.task_encoders import ENCODERS, TaskEncoder
+from peftcli.data.tokens import TaskSample, TokenDataset, is_learnt
 from peftcli.errors import InputError, printable
 from peftcli.lazy import numpy as np
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from peftcli.data.readers import Row
     from peftcli.data.tokens import Sample
     from peftcli.recipe.schema import DataSection, DataSource
@@ -43,6 +46,8 @@ def prepare(
     *,
     folder: Path,
     seed: int,
+    task: str = "CAUSAL_LM",
+    labels: Sequence[str] | None = None,
     vocab_size: int | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
@@ -53,20 +58,25 @@ def prepare(
         tokenizer: a transformers tokenizer with a fast backend.
         folder: an existing folder; nothing is written to it unless all is well.
         seed: decides which samples are held out, and which are taken by a fractional `weight`.
+        task: a key of `formats.TASK_FORMATS`: a task type, or `preference`.
+        labels: the classes in their order; None: those of the training data.
         vocab_size: rows of the model's embedding; a token beyond them is refused.
         progress: is told how far it got.
 
     Raises:
         InputError: the first row or file that can't be used as it is, or data of which nothing is left to learn.
     """
-    encoder = Encoder(tokenizer, data.loss_on)
-    read = _Reader(data, encoder, bool(tokenizer.chat_template), progress).read
+    encoder = _encoder(task, tokenizer, data, labels)
+    read = _Reader(data, task, encoder, bool(tokenizer.chat_template), progress).read
     generator = np.random.default_rng(seed)
     train, held_out = read("train", data.train, ("train",)), None
     if isinstance(data.eval, tuple):
+        if encoder.labels:
+            encoder.labels.close()
         held_out = read("eval", data.eval, ("validation", "test"))
     elif data.eval is not None:
         train, held_out = train.split(data.eval.split, generator)
+    names = _settle([part for part in (train, held_out) if part], encoder, tokenizer)
     for part in (train, held_out):
         if part is not None:
             part.repeat_by_weight(generator)
@@ -74,10 +84,41 @@ def prepare(
     prepared = Prepared(
         train.dataset,
         held_out.dataset if held_out else None,
-        _report(train, held_out, encoder, tokenizer, choose_pad(tokenizer)),
+        _report(train, held_out, encoder, tokenizer, names),
     )
     _write(prepared, folder)
     return prepared
+
+
+def _encoder(task: str, tokenizer: Any, data: DataSection, labels: Sequence[str] | None) -> Encoder | TaskEncoder:
+    if task == "CAUSAL_LM":
+        return Encoder(tokenizer, data.loss_on)
+    return ENCODERS[task](tokenizer, labels, data.loss_on)
+
+
+def _settle(parts: list[Part], encoder: Encoder | TaskEncoder, tokenizer: Any) -> list[str] | None:
+    """Bring the classes into their final order, and return their names."""
+    for part in parts:
+        if "token_type_ids" not in tokenizer.model_input_names:
+            part.dataset.segment = None
+    if encoder.labels is None:
+        return None
+    names, final = encoder.labels.settle()
+    for dataset in (part.dataset for part in parts):
+        if dataset.targets is not None:
+            dataset.targets = final[dataset.targets]
+        if dataset.tags is not None:
+            dataset.tags = final[dataset.tags].astype(np.int32)
+    return names
+
+
+def _content(sample: Sample | TaskSample) -> Iterator[NDArray[np.generic]]:
+    """What makes two samples the same: their tokens, and what they have to give."""
+    yield sample[0]
+    if isinstance(sample, TaskSample):
+        yield np.array([sample.second, *sample.targets], np.int64)
+        if sample.tags is not None:
+            yield sample.tags
 
 
 def _check_ids(dataset: TokenDataset, tokenizer: Any, vocab_size: int | None) -> None:
@@ -91,10 +132,13 @@ def _check_ids(dataset: TokenDataset, tokenizer: Any, vocab_size: int | None) ->
         )
 
 
-def _report(train: Part, held_out: Part | None, encoder: Encoder, tokenizer: Any, pad_token_id: int) -> DataReport:
+def _report(
+    train: Part, held_out: Part | None, encoder: Encoder | TaskEncoder, tokenizer: Any, labels: list[str] | None
+) -> DataReport:
     sources = [*train.sources]
     if held_out and held_out.sources is not train.sources:
         sources += held_out.sources
+    pad_token_id = choose_pad(tokenizer)
     duplicates = train.duplicates + (held_out.duplicates if held_out else 0)
     known = set(train.digests)
     overlap = sum(digest in known for digest in held_out.digests) if held_out else 0
@@ -102,6 +146,7 @@ def _report(train: Part, held_out: Part | None, encoder: Encoder, tokenizer: Any
         train=PartReport.of(train.dataset, train.duplicates, train.sources),
         eval=PartReport.of(held_out.dataset, held_out.duplicates, held_out.sources) if held_out else None,
         overlap=overlap,
+        labels=labels,
         pad_token_id=pad_token_id,
         audit=audit(encoder.notes, tokenizer, pad_token_id, sources),
         warnings=list(warnings(encoder.notes, sources, duplicates, overlap)),
@@ -119,8 +164,16 @@ def _write(prepared: Prepared, folder: Path) -> None:
 class _Reader:
     """Reads the sources of one part after another with the same settings."""
 
-    def __init__(self, data: DataSection, encoder: Encoder, has_template: bool, progress: Progress | None) -> None:
-        self._data, self._encoder, self._has_template, self._progress = data, encoder, has_template, progress
+    def __init__(
+        self,
+        data: DataSection,
+        task: str,
+        encoder: Encoder | TaskEncoder,
+        has_template: bool,
+        progress: Progress | None,
+    ) -> None:
+        self._data, self._task, self._encoder = data, task, encoder
+        self._has_template, self._progress = has_template, progress
 
     def read(self, name: str, sources: tuple[DataSource, ...], splits: tuple[str, ...]) -> Part:
         """All samples of the training or evaluation data.
@@ -140,7 +193,7 @@ class _Reader:
             part.dataset.tasks = np.array([sources[index].task for index in part.source_of], np.int64)
         return part
 
-    def _samples(self, part: Part, source: DataSource, splits: tuple[str, ...]) -> Iterator[Sample]:
+    def _samples(self, part: Part, source: DataSource, splits: tuple[str, ...]) -> Iterator[Sample | TaskSample]:
         """The samples of one source, noted in `part` as they pass."""
         report = SourceReport(source.path)
         part.sources.append(report)
@@ -167,42 +220,41 @@ class _Reader:
     def _settle(self, report: SourceReport, source: DataSource, row: Row) -> None:
         """Format and form of a source, by its first row."""
         named = source.format or self._data.format
-        report.format = detect(row.values, row.place) if named == "auto" else named
+        report.format = detect(row.values, row.place, self._task) if named == "auto" else named
         format = FORMATS[report.format]
         report.ignored_columns = sorted(set(row.values) - {*format.required, *format.optional})
         optional = format.template == "optional" and self._data.apply_chat_template and self._has_template
         report.templated = format.template == "always" or optional
 
-    def _samples_of_row(self, part: Part, report: SourceReport, row: Row) -> Iterator[Sample]:
+    def _samples_of_row(self, part: Part, report: SourceReport, row: Row) -> Iterator[Sample | TaskSample]:
         example = parse_row(report.format, row.values, row.place, report.templated)
         samples = self._encoder.encode(example, row.place)
         if not samples:
             report.blank += 1
             return
-        digest = blake2b(b"|".join(ids.tobytes() for ids, _ in samples), digest_size=16).digest()
+        digest = blake2b(
+            b"|".join(part.tobytes() for sample in samples for part in _content(sample)), digest_size=16
+        ).digest()
         kept = [piece for sample in samples for piece in self._fitting(part, report, sample, row.place)]
         if kept:
             part.add_row(digest, len(kept))
             report.samples += len(kept)
         yield from kept
 
-    def _fitting(self, part: Part, report: SourceReport, sample: Sample, place: str) -> list[Sample]:
+    def _fitting(self, part: Part, report: SourceReport, sample: Any, place: str) -> list[Any]:
         """`sample` if it is short enough, or what `overflow` makes of it."""
-        ids, supervised = sample
         longest, overflow = self._data.max_length, self._data.overflow
-        if len(ids) <= longest:
+        length = self._encoder.length(sample)
+        if length <= longest:
             return [sample]
         if overflow == "error":
-            part.note_overlong(len(ids), place)
+            part.note_overlong(length, place)
             return []
         if overflow == "drop":
             report.too_long += 1
             return []
         report.truncated += 1
-        starts = range(0, len(ids), longest) if overflow == "split" else [0]
-        pieces = [(ids[start : start + longest], supervised[start : start + longest].copy()) for start in starts]
-        for _, mask in pieces:
-            mask[0] = False  # nothing predicts the first token of a sample
-        kept = [piece for piece in pieces if piece[1].any()]
-        report.unlabelled += len(pieces) - len(kept)
+        pieces = self._encoder.pieces(sample, longest, split=overflow == "split")
+        kept = [piece for piece in pieces if is_learnt(piece)]
+        report.unlabelled += max(len(pieces), 1) - len(kept)
         return kept

@@ -101,6 +101,7 @@ class DataReport:
         pad_token_id: what short samples of a batch are filled with.
         audit: facts about BOS, end of turn, pad and template.
         warnings: sentences a user should read before training.
+        labels: the classes in their order, where the task has classes.
     """
 
     train: PartReport
@@ -109,6 +110,7 @@ class DataReport:
     pad_token_id: int
     audit: list[Fact]
     warnings: list[str]
+    labels: list[str] | None = None
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")

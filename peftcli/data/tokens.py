@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from peftcli.files import write_atomically
 from peftcli.lazy import numpy as np
@@ -14,6 +14,31 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Sample: TypeAlias = "tuple[NDArray[np.int32], NDArray[np.bool_]]"
+
+
+class TaskSample(NamedTuple):
+    """A sample of a task other than predicting the next token.
+
+    Args:
+        ids: [T] int32.
+        supervised: [T] bool, the tokens that are learnt, where tokens are.
+        second: index at which a second sequence begins (the target, the positive, the rejected answer); 0: there is none.
+        segment: index at which BERT's second segment begins; 0: there is none.
+        targets: what the sample as a whole has to give: a class, or the first and last token of an answer.
+        tags: [T] int32, the class of each supervised token.
+    """
+
+    ids: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+    second: int = 0
+    segment: int = 0
+    targets: tuple[int, ...] = ()
+    tags: NDArray[np.int32] | None = None
+
+
+def is_learnt(sample: Sample | TaskSample) -> bool:
+    """Whether there is anything to learn from a sample."""
+    return bool(sample[1].any()) or (isinstance(sample, TaskSample) and bool(sample.targets))
 
 
 class TokenDataset:
@@ -25,6 +50,8 @@ class TokenDataset:
             at t = 0, which nothing predicts, so `supervised.sum()` is the exact number of labels.
         offsets: [samples + 1] int64, from 0 to the number of tokens.
         tasks: [samples] int64, the task each sample is of; None where there is only one.
+        second, segment: [samples] int64; targets: [samples, K] int64; tags: [tokens] int32; see `TaskSample`. None where
+            the task has none.
     """
 
     def __init__(
@@ -33,23 +60,46 @@ class TokenDataset:
         supervised: NDArray[np.bool_],
         offsets: NDArray[np.int64],
         tasks: NDArray[np.int64] | None = None,
+        *,
+        second: NDArray[np.int64] | None = None,
+        segment: NDArray[np.int64] | None = None,
+        targets: NDArray[np.int64] | None = None,
+        tags: NDArray[np.int32] | None = None,
     ) -> None:
         if len(input_ids) != len(supervised) or offsets[0] != 0 or offsets[-1] != len(input_ids):
             raise ValueError("the columns of a TokenDataset do not fit together")
-        if tasks is not None and len(tasks) != len(offsets) - 1:
-            raise ValueError(f"{len(tasks)} tasks for {len(offsets) - 1} samples")
+        for column, length in ((tasks, len(offsets) - 1), (second, len(offsets) - 1), (segment, len(offsets) - 1),
+                               (targets, len(offsets) - 1), (tags, len(input_ids))):  # fmt: skip
+            if column is not None and len(column) != length:
+                raise ValueError(f"a column of {len(column)} entries, not {length}")
         self.input_ids, self.supervised, self.offsets, self.tasks = input_ids, supervised, offsets, tasks
+        self.second, self.segment, self.targets, self.tags = second, segment, targets, tags
 
     @classmethod
-    def from_samples(cls, samples: Iterable[Sample]) -> TokenDataset:
-        """Lay `(ids, supervised)` pairs end to end, one after another: an iterator is never held in memory whole."""
+    def from_samples(cls, samples: Iterable[Sample | TaskSample]) -> TokenDataset:
+        """Lay samples end to end, one after another: an iterator is never held in memory whole."""
         input_ids, supervised, offsets = array("i"), bytearray(), array("q", [0])
-        for ids, mask in samples:
+        second, segment, targets, tags = array("q"), array("q"), array("q"), array("i")
+        for sample in samples:
+            ids, mask = sample[:2]
             input_ids.frombytes(np.asarray(ids, np.int32).tobytes())
             supervised += np.asarray(mask, np.bool_).tobytes()
             offsets.append(len(input_ids))
+            if isinstance(sample, TaskSample):
+                second.append(sample.second)
+                segment.append(sample.segment)
+                targets.extend(sample.targets)
+                if sample.tags is not None:
+                    tags.frombytes(np.asarray(sample.tags, np.int32).tobytes())
+        count = len(offsets) - 1
         return cls(
-            np.frombuffer(input_ids, np.int32), np.frombuffer(supervised, np.bool_), np.frombuffer(offsets, np.int64)
+            np.frombuffer(input_ids, np.int32),
+            np.frombuffer(supervised, np.bool_),
+            np.frombuffer(offsets, np.int64),
+            second=np.frombuffer(second, np.int64) if any(second) else None,
+            segment=np.frombuffer(segment, np.int64) if any(segment) else None,
+            targets=np.frombuffer(targets, np.int64).reshape(count, -1) if targets else None,
+            tags=np.frombuffer(tags, np.int32) if tags else None,
         )
 
     def __len__(self) -> int:
@@ -73,23 +123,33 @@ class TokenDataset:
         before = np.concatenate([[0], np.cumsum(self.supervised, dtype=np.int64)])
         return np.diff(before[self.offsets])
 
+    @property
+    def units(self) -> NDArray[np.int64]:
+        """[samples] what the loss is a mean over: the sample where it is judged as a whole, else its learnt tokens."""
+        return self.label_counts if self.targets is None else np.ones(len(self), np.int64)
+
     def select(self, indices: Sequence[int] | NDArray[np.int64]) -> TokenDataset:
         """A copy with the samples at `indices`, in that order; an index may come more than once."""
-        chosen = TokenDataset.from_samples(self[int(index)] for index in indices)
-        chosen.tasks = None if self.tasks is None else self.tasks[np.asarray(indices, np.int64)]
+        order = np.asarray(indices, np.int64)
+        chosen = TokenDataset.from_samples(self[int(index)] for index in order)
+        for name in ("tasks", "second", "segment", "targets"):
+            column = getattr(self, name)
+            setattr(chosen, name, None if column is None else column[order])
+        if self.tags is not None:
+            spans = [self.tags[self.offsets[index] : self.offsets[index + 1]] for index in order]
+            chosen.tags = np.concatenate(spans) if spans else self.tags[:0]
         return chosen
 
-    def columns(self) -> list[NDArray[np.generic]]:
-        """All that there is, in the order of the constructor."""
-        columns: list[NDArray[np.generic]] = [self.input_ids, self.supervised, self.offsets]
-        return columns if self.tasks is None else [*columns, self.tasks]
+    def columns(self) -> dict[str, NDArray[np.generic]]:
+        """All that there is, by the constructor's names."""
+        names = ("input_ids", "supervised", "offsets", "tasks", "second", "segment", "targets", "tags")
+        return {name: column for name in names if (column := getattr(self, name)) is not None}
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; it appears whole or not at all."""
         from safetensors.numpy import save
 
-        names = ("input_ids", "supervised", "offsets", "tasks")
-        columns = dict(zip(names, self.columns(), strict=False))
+        columns = {name: np.ascontiguousarray(column) for name, column in self.columns().items()}
         write_atomically(path, save(columns))
 
     @classmethod

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.adapters.config import CONFIG_NAME, TaskType, read_config
+from peftcli.data.formats import TASK_FORMATS
 from peftcli.errors import InputError, nearest, printable
 from peftcli.recipe.adapter_section import FULL
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import DataSection, DataSource, ModelSection, QuantizationSection, Recipe
-from peftcli.recipe.support import FORMATS
 
 if TYPE_CHECKING:
     from peftcli.data.tokens import TokenDataset
@@ -94,9 +94,10 @@ class Subject:
 
     def _section(self, path: str, format: str | None, max_samples: int | None) -> DataSection:
         """The recipe's data section with `path` in place of its sources; columns and format are theirs."""
-        if format is not None and format not in FORMATS:
-            problem, close = f"{printable(repr(format))} is not a format", str(nearest(format, FORMATS))
-            raise InputError(problem, field="--format", allowed=", ".join(FORMATS), fix=close or None)
+        formats = ("auto", *TASK_FORMATS["CAUSAL_LM"])
+        if format is not None and format not in formats:
+            problem, close = f"{printable(repr(format))} is not a format", str(nearest(format, formats))
+            raise InputError(problem, field="--format", allowed=", ".join(formats), fix=close or None)
         trained = self.recipe.data if self.recipe else None
         first = trained.train[0] if trained else None
         source = DataSource(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.adapters.base_facts import BaseFacts, read_base
-from peftcli.adapters.config import PeftConfig, TaskType, read_config
+from peftcli.adapters.config import AUTO_CLASSES, PeftConfig, read_config
 from peftcli.errors import InputError, RunError
 from peftcli.lazy import torch
 
@@ -21,15 +21,6 @@ TEXT = (
 )
 """Prose, code and numbers: real text, since random tokens hardly use what a model has learnt."""
 MAX_TOKENS = 64
-
-CLASSES = {
-    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
-    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
-    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
-    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
-    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
-    TaskType.FEATURE_EXTRACTION: "AutoModel",
-}
 
 BOUNDS = {"torch.float32": 1e-3, "torch.float16": 1e-2, "torch.bfloat16": 5e-2}
 """Largest difference allowed, as a share of the largest logit: weights are rounded once more to the model's dtype."""
@@ -138,7 +129,7 @@ def _load(folder: Path, config: PeftConfig) -> Any:
     if config.task is None:
         raise InputError("has no task_type, so it is not known how to load its base", field="task_type")
     with quiet_transformers():
-        return getattr(transformers, CLASSES[config.task]).from_pretrained(folder, dtype="auto").eval()
+        return getattr(transformers, AUTO_CLASSES[config.task]).from_pretrained(folder, dtype="auto").eval()
 
 
 def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:

@@ -14,12 +14,24 @@ from pydantic_core import PydanticCustomError
 from peftcli.adapters.registry import needs_rows
 from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.section import Positive, Probability, Section, Text
+from peftcli.recipe.task_rules import check_task, contradiction
 from peftcli.recipe.training_section import TrainingSection
 
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 DataType = Literal["float32", "bfloat16", "float16"]
 Format = Literal[
-    "auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "classification", "tokens", "qa", "seq2seq"
+    "auto",
+    "chat",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "text",
+    "preference",
+    "seq2seq",
+    "classification",
+    "tokens",
+    "qa",
+    "pairs",
 ]
 
 
@@ -41,6 +53,8 @@ class ModelSection(Section):
     """Run Python code that comes with the base. Only for bases you have read."""
     task_type: TaskType = "CAUSAL_LM"
     """What the model is trained to do; decides head, loss and metrics."""
+    labels: Annotated[list[Text], Field(min_length=2, max_length=1 << 16)] | None = None
+    """Names of the classes in their order (SEQ_CLS, TOKEN_CLS). null: those of the training data, sorted."""
 
 
 class QuantizationSection(Section):
@@ -164,6 +178,18 @@ class LauncherSection(Section):
     """Launcher file: the name of one in configs/ or a path. null: the one that fits `type`."""
 
 
+class PreferenceSection(Section):
+    """Learning from pairs of answers of which one is preferred. Names are those of TRL's DPOConfig and ORPOConfig."""
+
+    loss: Literal["dpo", "orpo"] = "dpo"
+    """dpo: against the base, which is the model with its adapter switched off (arXiv:2305.18290); orpo: without a
+    reference, beside the loss on the preferred answer (arXiv:2403.07691)."""
+    beta: Positive = 0.1
+    """dpo: how closely the model is held to the base; orpo: weight of the preference."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """dpo: part of the pairs that are taken to be the wrong way round."""
+
+
 class Recipe(Section):
     """A training run, from the base model to the launcher."""
 
@@ -172,6 +198,7 @@ class Recipe(Section):
     quantization: QuantizationSection | None = None
     data: DataSection
     training: TrainingSection
+    preference: PreferenceSection | None = None
     launcher: LauncherSection = LauncherSection()
 
     @model_validator(mode="after")
@@ -180,6 +207,7 @@ class Recipe(Section):
             raise contradiction(
                 "training.early_stopping_patience needs evaluations", fix="set data.eval, e.g. {split: 0.05}"
             )
+        check_task(self)
         config = self.adapter.config
         if self.quantization is not None and config is None:
             raise contradiction(
@@ -207,8 +235,3 @@ class Recipe(Section):
                 fix="set training.gradient_checkpointing to false",
             )
         return self
-
-
-def contradiction(problem: str, fix: str) -> PydanticCustomError:
-    """An error about fields that do not fit together."""
-    return PydanticCustomError("contradiction", "{problem}", {"problem": problem, "fix": fix})

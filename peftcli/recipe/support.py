@@ -13,8 +13,6 @@ from peftcli.recipe.nodes import Location
 if TYPE_CHECKING:
     from peftcli.recipe.schema import Recipe
 
-TASK_TYPES = ("CAUSAL_LM",)
-FORMATS = ("auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text")
 LAUNCHERS = ("auto", "none", "accelerate")
 
 
@@ -26,9 +24,4 @@ def unsupported(recipe: Recipe) -> Iterator[tuple[Location, str]]:
 
 
 def _choices(recipe: Recipe) -> Iterator[tuple[Location, str, tuple[str, ...]]]:
-    yield ("model", "task_type"), recipe.model.task_type, TASK_TYPES
-    yield ("data", "format"), recipe.data.format, FORMATS
-    for section, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
-        for index, source in enumerate(sources if isinstance(sources, tuple) else ()):
-            yield ("data", section, index, "format"), source.format or "auto", FORMATS
     yield ("launcher", "type"), recipe.launcher.type, LAUNCHERS

@@ -78,6 +78,8 @@ class TrainingSection(Section):
     loraplus_lr_ratio: Positive | None = None
     """LoRA+: learning rate of the B matrices over that of the A matrices (the paper uses 16). null: one rate for all."""
 
+    temperature: Positive = 0.05
+    """FEATURE_EXTRACTION: similarities are divided by it; lower tells near misses apart more sharply."""
     bf16: bool = False
     """Compute in bfloat16 (autocast) whatever the base's dtype is."""
     gradient_checkpointing: bool = False
@@ -94,8 +96,17 @@ class TrainingSection(Section):
     """When data.eval is evaluated; the end of training always is."""
     eval_steps: Count = 50
     """Steps between two evaluations (eval_strategy: steps)."""
-    metric_for_best_model: Literal["eval_loss", "eval_token_accuracy"] = "eval_loss"
-    """What decides which checkpoint is the best."""
+    metric_for_best_model: Literal[
+        "eval_loss",
+        "eval_token_accuracy",
+        "eval_accuracy",
+        "eval_macro_f1",
+        "eval_span_f1",
+        "eval_exact_match",
+        "eval_f1",
+        "eval_margin",
+    ] = "eval_loss"
+    """What decides which checkpoint is the best; each task gives some of these."""
     early_stopping_patience: Count | None = None
     """Stop after this many evaluations in a row without a better metric. null: never."""
     early_stopping_threshold: NotNegative = 0.0

@@ -7,8 +7,9 @@ import torch  # noqa: TID253
 from numpy.typing import ArrayLike  # noqa: TID253
 from torch import Tensor  # noqa: TID253
 
-from peftcli.data.collate import IGNORED, collate
+from peftcli.data.collate import IGNORED
 from peftcli.data.sampler import batches
+from peftcli.data.task_collate import collate_task
 from peftcli.data.tokens import TokenDataset
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.training_section import TrainingSection
@@ -58,13 +59,14 @@ def evaluation_batches(lengths: ArrayLike, size: int, *, world_size: int = 1, ra
 
 
 def to_batch(dataset: TokenDataset, indices: list[int], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels` [B, T], and `task_ids` [B] where there are several, on the device.
+    """What `collate_task` makes of the samples, and `task_ids` [B] where there are several tasks, on the device.
 
     An empty list gives a batch without labels, so that this process can keep step with the others.
     """
-    arrays = collate([dataset[index] for index in indices or [0]], pad_token_id)
+    arrays = collate_task(dataset, indices or [0], pad_token_id)
     if not indices:
-        arrays["labels"].fill(IGNORED)
+        for name in {"labels", "second_labels", "targets"} & set(arrays):
+            arrays[name].fill(IGNORED)
     if dataset.tasks is not None:
         arrays["task_ids"] = dataset.tasks[indices or [0]]
     return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}

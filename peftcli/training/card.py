@@ -12,6 +12,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from peftcli import __version__
+from peftcli.adapters.config import AUTO_CLASSES, TaskType
 from peftcli.errors import printable
 from peftcli.recipe.redact import redact
 
@@ -19,7 +20,14 @@ if TYPE_CHECKING:
     from peftcli.recipe.schema import QuantizationSection, Recipe
 
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
-_METRICS = {"eval_loss": "loss", "eval_perplexity": "perplexity", "eval_token_accuracy": "token accuracy"}
+_PIPELINES = {
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+_MOST_CLASSES = 64
 
 
 def model_card(recipe: Recipe, data: Mapping[str, Any], metrics: Mapping[str, float] | None, step: int) -> str:
@@ -40,7 +48,10 @@ def model_card(recipe: Recipe, data: Mapping[str, Any], metrics: Mapping[str, fl
         _table(_training_facts(recipe, data, step)),
     ]
     if metrics:
-        parts += ["## Evaluation\n", _table({_METRICS.get(name, name): f"{v:.4f}" for name, v in metrics.items()})]
+        parts += [
+            "## Evaluation\n",
+            _table({name.removeprefix("eval_").replace("_", " "): f"{v:.4f}" for name, v in metrics.items()}),
+        ]
     parts += ["## Use\n", _usage(recipe, base), f"### Framework versions\n\n- peftcli {__version__}\n"]
     return redact("\n".join(parts))
 
@@ -56,7 +67,7 @@ def _front_matter(recipe: Recipe, base: str) -> str:
     values: dict[str, Any] = {
         "library_name": "transformers" if full else "peft",
         "base_model": base,
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": _PIPELINES.get(recipe.model.task_type, "text-generation"),
         "tags": [recipe.adapter.method, "peftcli", *([] if full else [f"base_model:adapter:{base}"])],
     }
     # JSON is YAML: quoted this way, no value can end its line or start a key.
@@ -83,6 +94,11 @@ def _training_facts(recipe: Recipe, data: Mapping[str, Any], step: int) -> dict[
         "optimizer": training.optim,
         "seed": str(training.seed),
     }
+    if (labels := recipe.model.labels) is not None:
+        shown = ", ".join(_code(name) for name in labels[:_MOST_CLASSES])
+        facts["classes"] = f"{len(labels)}: {shown}" + ", ..." * (len(labels) > _MOST_CLASSES)
+    if recipe.preference is not None:
+        facts["preference"] = f"{recipe.preference.loss}, beta {recipe.preference.beta:g}"
     if recipe.quantization is not None:
         facts["base in"] = _quantization(recipe.quantization)
     config = recipe.adapter.config
@@ -104,18 +120,19 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def _usage(recipe: Recipe, base: str) -> str:
-    literal = json.dumps(base)  # also a Python literal
+    literal, auto = json.dumps(base), AUTO_CLASSES[TaskType(recipe.model.task_type)]  # JSON's strings are Python's
+    classes = f", num_labels={len(recipe.model.labels)}" if recipe.model.labels else ""
     if recipe.adapter.config is None:
         return (
-            "```python\nfrom transformers import AutoModelForCausalLM\n\n"
-            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```\n'
+            f"```python\nfrom transformers import {auto}\n\n"
+            f'model = {auto}.from_pretrained("path/to/this/folder")\n```\n'
         )
     return (
         "With `peft`, or `peftcli` in its place:\n\n"
         "```python\n"
         "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({literal})\n"
+        f"from transformers import {auto}\n\n"
+        f"base = {auto}.from_pretrained({literal}{classes})\n"
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n'
         "```\n\n"
         "On the command line: `peft inspect path/to/this/folder`, `peft eval path/to/this/folder --data FILE`.\n"

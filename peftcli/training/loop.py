@@ -27,6 +27,7 @@ from peftcli.training.callbacks import Callback
 from peftcli.training.evaluate import evaluate, gathered
 from peftcli.training.finite import not_finite
 from peftcli.training.losses import CausalLMLoss
+from peftcli.training.objectives.base import Objective
 from peftcli.training.optimizers import build_optimizer, build_scheduler
 from peftcli.training.progress import peak_memory
 from peftcli.training.reports import Outcome, StepReport
@@ -54,11 +55,12 @@ class Trainer:
     """Trains the parameters of `model` that require gradients.
 
     Args:
-        model: a causal language model, adapted or not.
+        model: adapted or not.
         train_data: what it learns.
         settings: the recipe's `training` section.
         folder: the run folder; checkpoints go there.
         strategy: how the model is spread over the processes.
+        objective: what is trained for; makes of a model the module that gives its loss.
         eval_data: what decides which step is the best.
         pad_token_id: fills rows up; any id does.
         callbacks: what happens around the loop; their states are saved with the first process's.
@@ -78,6 +80,7 @@ class Trainer:
         folder: Path,
         *,
         strategy: Strategy,
+        objective: Callable[..., Objective] = CausalLMLoss,
         eval_data: TokenDataset | None = None,
         pad_token_id: int = 0,
         callbacks: Sequence[Callback] = (),
@@ -89,6 +92,7 @@ class Trainer:
         identity: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.train_data, self.eval_data = model, train_data, eval_data
+        self._objective = objective
         self.settings, self.folder, self.strategy = settings, folder, strategy
         self.accelerator = accelerator = strategy.accelerator
         self.pad_token_id, self.callbacks, self.export = pad_token_id, callbacks, export
@@ -104,7 +108,7 @@ class Trainer:
         self.total_steps = settings.max_steps
         if settings.max_steps < 0:
             self.total_steps = math.ceil(settings.num_train_epochs * self.steps_per_epoch)
-        self._counts, self._lengths = train_data.label_counts, train_data.lengths
+        self._counts, self._lengths = train_data.units, train_data.lengths
         self._prepare()
 
     def _prepare(self) -> None:
@@ -113,7 +117,7 @@ class Trainer:
         self.adapters = attached_to(user_model(self.model))
         begin_training(self.adapters, self.total_steps)
         self._follows_steps = follows_steps(self.adapters)
-        self._bare_loss = CausalLMLoss(
+        self._bare_loss = self._objective(
             self.model, bf16=uses_autocast(self.model, self.settings), packed=self.row_length is not None
         )
         self.strategy.prepare(
@@ -151,7 +155,7 @@ class Trainer:
                 signal_number = self._step(window)
                 self._after_step(signal_number)
         finally:
-            self._bare_loss.unpadded.release()
+            self._bare_loss.release()
             self._call("on_train_end")
         if self.settings.load_best_model_at_end and self.progress.best_step is not None:
             resume.load_best(self)
@@ -176,9 +180,9 @@ class Trainer:
 
     def is_better(self, value: float, than: float, threshold: float = 0.0) -> bool:
         """Whether a value of the metric beats another by more than `threshold`."""
-        if self.metric == "eval_token_accuracy":
-            return value > than + threshold
-        return value < than - threshold
+        if self.metric == "eval_loss":
+            return value < than - threshold
+        return value > than + threshold
 
     def _windows(self, epoch: int) -> list[Window]:
         return training_windows(
@@ -215,7 +219,7 @@ class Trainer:
                 share = loss * (self.world_size / labels)
                 self.strategy.backward(add_regularization(self.adapters, share) if last else share)
             losses.append(loss.detach())
-        self._bare_loss.unpadded.release()
+        self._bare_loss.release()
         norm = self.strategy.gradient_norm()
         local_loss = float(torch.stack(losses).sum())
         sums = self._gather([local_loss, float(self._lengths[indices].sum()), self.received_signal()])
@@ -282,9 +286,10 @@ class Trainer:
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluate(self, data: TokenDataset) -> dict[str, float]:
-        """Mean loss, perplexity and share of supervised tokens predicted right."""
+        """Mean loss, and what else the task is judged by."""
         return evaluate(
             self.strategy.scoring,
+            self._bare_loss.metrics,
             data,
             batch_size=self.settings.per_device_eval_batch_size,
             pad_token_id=self.pad_token_id,

@@ -8,7 +8,7 @@ it is plain PyTorch, any head module). The loss is a sum; the loop divides it by
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn  # noqa: TID253
 from peftcli.adapters.engine import user_model
 from peftcli.data.collate import IGNORED
 from peftcli.errors import InputError
+from peftcli.training.objectives.base import Objective, token_metrics
 from peftcli.training.unpadded import Unpadded, unpadded
 
 Head = Callable[[Tensor], Tensor]
@@ -122,7 +123,7 @@ def _scores(logits: Tensor, target: Tensor) -> Tensor:
 # -- a whole model --------------------------------------------------------------------------------------------------
 
 
-class CausalLMLoss(nn.Module):
+class CausalLMLoss(Objective):
     """A causal language model that returns its loss: the module the loop trains, so that DDP and FSDP wrap it whole.
 
     The model runs as its author wrote it, except that its head hands over the hidden states instead of multiplying
@@ -139,8 +140,8 @@ class CausalLMLoss(nn.Module):
     """
 
     def __init__(self, model: nn.Module, *, bf16: bool = False, rows: int | None = None, packed: bool = False) -> None:
-        super().__init__()
-        self.model, self.bf16, self.rows, self.packed = model, bf16, rows, packed
+        super().__init__(model, bf16=bf16)
+        self.rows, self.packed = rows, packed
         self._tail: _Tail | None = None
         self._probed = self._lays_out = False
         self.unpadded = Unpadded(model)
@@ -156,7 +157,7 @@ class CausalLMLoss(nn.Module):
         Raises:
             InputError: the batch is packed, and the model can't keep its samples apart.
         """
-        with self._autocast(batch["labels"].device):
+        with self.autocast(batch["labels"].device):
             if not self._probed:
                 self._probe(batch)
             if self._lays_out and self.unpadded.fits(batch):
@@ -204,8 +205,12 @@ class CausalLMLoss(nn.Module):
         """Whether batches are run without their padding (known after the first batch)."""
         return self._lays_out
 
-    def _autocast(self, device: torch.device) -> Any:
-        return torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext()
+    def metrics(self, sums: Sequence[float]) -> dict[str, float]:
+        loss, correct, count = sums
+        return token_metrics(loss, correct, count)
+
+    def release(self) -> None:
+        self.unpadded.release()
 
 
 def cannot_pack(model: Any) -> InputError:

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch  # noqa: TID253
 
 from peftcli.adapters.base_facts import BaseFacts
+from peftcli.adapters.config import AUTO_CLASSES, TaskType
 from peftcli.adapters.config import CONFIG_NAME as ADAPTER_CONFIG
 from peftcli.errors import InputError, InputErrors, RunError, nearest, printable
+from peftcli.recipe.task_rules import WITH_CLASSES
 from peftcli.training.base_checks import CONFIG, check_base, needs_remote_code
 from peftcli.training.locate import resolve_base
 from peftcli.training.quantized import check_quantization, prepare, quantization_config
@@ -31,16 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from peftcli.recipe.schema import ModelSection, QuantizationSection
-
-AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-"""transformers' class for each task type."""
 
 GENERATIVE = frozenset({"CAUSAL_LM", "SEQ_2_SEQ_LM"})
 """Task types whose head comes with the base; others start with a fresh one."""
@@ -86,7 +78,7 @@ class OpenedBase:
     def auto_class(self) -> Any:
         import transformers
 
-        return getattr(transformers, AUTO_CLASSES[self.section.task_type])
+        return getattr(transformers, AUTO_CLASSES[TaskType(self.section.task_type)])
 
 
 def open_base(model: ModelSection) -> OpenedBase:
@@ -98,6 +90,8 @@ def open_base(model: ModelSection) -> OpenedBase:
     folder = resolve_base(model.name_or_path, model.revision, trust_remote_code=model.trust_remote_code)
     facts = check_base(folder, trust_remote_code=model.trust_remote_code)
     config = _read_config(facts, model.trust_remote_code)
+    if model.task_type in WITH_CLASSES:
+        _set_classes(config, model, facts)
     dtype = _stored_dtype(facts, config) if model.dtype == "auto" else getattr(torch, model.dtype)
     return OpenedBase(model, facts, config, dtype)
 
@@ -197,6 +191,15 @@ def _read_config(facts: BaseFacts, trust_remote_code: bool) -> PreTrainedConfig:
         raise InputError(f"is no config of a {model_type}: {printable(error)}", place=place) from error
 
 
+def _set_classes(config: PreTrainedConfig, model: ModelSection, facts: BaseFacts) -> None:
+    """Names and number of the classes; and the pad token, by which a decoder that classifies finds a text's end."""
+    if model.labels is not None:
+        config.id2label = dict(enumerate(model.labels))
+        config.label2id = {name: index for index, name in enumerate(model.labels)}
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = read_tokenizer(facts, trust_remote_code=model.trust_remote_code).pad_token_id
+
+
 def _attention(section: ModelSection) -> str | None:
     """What to ask transformers for: where nothing is, it takes `sdpa`, or `eager` for models that know no other."""
     return None if section.attn_implementation == "sdpa" else section.attn_implementation
@@ -244,7 +247,8 @@ def _check_complete(model: PreTrainedModel, report: dict[str, Any], task_type: s
     missing = [name for name in report["missing_keys"] if task_type in GENERATIVE or name.startswith(inner)]
     if missing:
         raise InputErrors(InputError("is missing", place=facts.folder, field=printable(name)) for name in missing)
-    if unused := sorted(report["unexpected_keys"]):
+    # A checkpoint of another task has another head, and perhaps a pooler.
+    if (unused := sorted(report["unexpected_keys"])) and task_type in GENERATIVE:
         warnings.warn(
             f"{facts.folder}: {len(unused)} tensors of the checkpoint have no place in the model, "
             f"{printable(unused[0])} for one",
@@ -279,7 +283,7 @@ def _explained(section: ModelSection, facts: BaseFacts) -> Iterator[None]:
         raise RunError(f"{facts.folder}: the base does not fit into memory: {printable(error)}") from error
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise InputError(
-            f"can't be loaded as {AUTO_CLASSES[section.task_type]}: {printable(error, 600)}",
+            f"can't be loaded as {AUTO_CLASSES[TaskType(section.task_type)]}: {printable(error, 600)}",
             place=facts.folder,
             field="model",
         ) from error

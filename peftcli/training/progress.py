@@ -78,7 +78,11 @@ def _figures(row: dict[str, Any], *, short: bool = False) -> str:
 
 
 def _metrics(row: dict[str, Any]) -> str:
-    return (
-        f"eval loss {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.3f}  "
-        f"token accuracy {row['eval_token_accuracy']:.1%}"
-    )
+    """`eval loss 0.0141  perplexity 1.014  token accuracy 100.0%`: what counts how often something was right in percent."""
+    shown = [
+        f"{name.removeprefix('eval_').replace('_', ' ')} "
+        + (f"{value:.1%}" if name.endswith(("accuracy", "_f1", "exact_match")) else f"{value:.4g}")
+        for name, value in row.items()
+        if name.startswith("eval_")
+    ]
+    return "eval " + "  ".join(shown)

@@ -90,16 +90,32 @@ def exporter(recipe: Recipe, model: Any) -> Export:
 
 
 def probe_of(data: TokenDataset, device: torch.device) -> dict[str, Tensor]:
-    """The first tokens of the first sample, `input_ids` [1, T], and its task where there are several."""
-    probe = {"input_ids": torch.from_numpy(data[0][0][:PROBE_TOKENS]).long().unsqueeze(0).to(device)}
+    """The first tokens of the first sample, `input_ids` [1, T], its second sequence and its task where it has such."""
+    border = len(data[0][0]) if data.second is None else int(data.second[0])
+    first, second = (
+        torch.from_numpy(ids[:PROBE_TOKENS]).long().unsqueeze(0).to(device)
+        for ids in (data[0][0][:border], data[0][0][border:])
+    )
+    probe = {"input_ids": first}
+    if data.second is not None:
+        probe["decoder_input_ids"] = second
     return probe if data.tasks is None else {**probe, "task_ids": torch.from_numpy(data.tasks[:1]).to(device)}
 
 
 @torch.no_grad()
 def probe_logits(model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
-    """Logits [1, T, V] of the probe's text on the CPU, without dropout; virtual tokens in front are left out."""
-    logits = model.eval()(**probe, use_cache=False).logits
-    return logits[:, -probe["input_ids"].shape[1] :].float().cpu()
+    """What the model gives for the probe's text on the CPU, without dropout; virtual tokens in front are left out.
+
+    Logits [1, T, V], of an encoder-decoder those of the second sequence, of a classifier [1, C]; without a head, hidden
+    states.
+    """
+    known: Any = getattr(model, "config", None)
+    if not getattr(known, "is_encoder_decoder", False):
+        probe = {name: tensor for name, tensor in probe.items() if name != "decoder_input_ids"}
+    outputs = model.eval()(**probe)
+    found = next(outputs[name] for name in ("logits", "start_logits", "last_hidden_state") if name in outputs)
+    length = probe.get("decoder_input_ids", probe["input_ids"]).shape[1]
+    return (found[:, -length:] if found.dim() == 3 else found).float().cpu()
 
 
 def reload_difference(recipe: Recipe, folder: Path, probe: dict[str, Tensor], expected: Tensor) -> float:

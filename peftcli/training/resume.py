@@ -161,5 +161,5 @@ def identity(trainer: Trainer) -> dict[str, Any]:
         **{f"training.{name}": settings[name] for name in MUST_NOT_CHANGE},
         "processes": trainer.world_size,
         "data.packing": f"bfd, rows of {trainer.row_length} tokens" if trainer.row_length else None,
-        "data.train": state.fingerprint(*data.columns()),
+        "data.train": state.fingerprint(*data.columns().values()),
     }

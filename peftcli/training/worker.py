@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from peftcli.training.callbacks import (
 )
 from peftcli.training.card import base_name, model_card
 from peftcli.training.loop import Trainer
+from peftcli.training.objectives.table import objective
 from peftcli.training.progress import ProgressBar, peak_memory
 from peftcli.training.publish import (
     Export,
@@ -193,6 +195,7 @@ class _Worker:
             self.recipe.training,
             self.folder,
             strategy=self.strategy,
+            objective=partial(objective, self.recipe),
             eval_data=self.eval_data,
             pad_token_id=self.report["pad_token_id"],
             callbacks=self._callbacks(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peftcli.data.formats import FORMATS, Completion, Conversation, detect, parse_row
+from peftcli.data.formats import FORMATS, TASK_FORMATS, Completion, Conversation, detect, parse_row
 from peftcli.errors import InputError
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
@@ -114,6 +114,29 @@ REFUSED = [
     ("alpaca", {"instruction": "x", "output": "y", "input": 1}, "input: must be a string"),
     ("text", {"text": "\ud800"}, "text: holds half a surrogate pair at character 0"),
     ("text", {"text": {}}, "text: must be a string, but is dict"),
+    ("classification", {"text": " ", "label": 1}, "text: holds nothing but blanks"),
+    ("classification", {"text": "x", "label": 1.5}, "label: must be a string, but is float"),
+    ("classification", {"text": "x", "label": ""}, "label: is an empty label"),
+    ("classification", {"text": "x"}, "has no column `label`"),
+    ("tokens", {"tokens": ["a", "b"], "tags": ["O"]}, "tags: has 1 entries for 2 tokens"),
+    ("tokens", {"tokens": "a b", "tags": ["O"]}, "tokens: must be a list"),
+    ("tokens", {"tokens": ["a"], "tags": [None]}, r"tags\[0\]: must be a string, but is null"),
+    (
+        "qa",
+        {"question": "q", "context": "a b", "answers": {"text": ["b"], "answer_start": [0]}},
+        "holds 'a' at character 0",
+    ),
+    (
+        "qa",
+        {"question": "q", "context": "a", "answers": {"text": ["a"], "answer_start": ["0"]}},
+        "must be a whole number",
+    ),
+    ("qa", {"question": "q", "context": "a", "answers": "a"}, "must have `text` and `answer_start`"),
+    ("qa", {"question": "q", "context": "a", "answers": {"text": ["a"], "answer_start": []}}, "1 texts and 0 starts"),
+    ("pairs", {"anchor": "a", "positive": ""}, "positive: holds nothing but blanks"),
+    ("preference", {"prompt": "p", "chosen": "a", "rejected": "a"}, "rejected: is the same as `chosen`"),
+    ("preference", {"chosen": "a", "rejected": "b"}, "chosen: must be a list of objects"),
+    ("seq2seq", {"source": 3, "target": "b"}, "source: must be a string"),
 ]
 
 
@@ -124,18 +147,28 @@ def test_bad_rows_are_refused_by_place_and_column(name, values, message):
     assert str(caught.value).startswith("rows.jsonl:7")
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_each_format_is_detected_by_its_columns(name):
-    assert detect({*FORMATS[name].required, *FORMATS[name].optional, "image"}, "here") == name
+@pytest.mark.parametrize(("task", "name"), [(task, name) for task, names in TASK_FORMATS.items() for name in names])
+def test_each_format_is_detected_by_its_columns(task, name):
+    assert detect({*FORMATS[name].required, *FORMATS[name].optional, "image"}, "here", task) == name
+
+
+@pytest.mark.parametrize(
+    ("task", "name"), [(task, names[0]) for task, names in TASK_FORMATS.items() if task != "CAUSAL_LM"]
+)
+def test_data_of_another_task_are_refused_with_what_to_set(task, name):
+    with pytest.raises(
+        InputError, match="preference:" if task == "preference" else f"model.task_type: {task}|no format for CAUSAL_LM"
+    ):
+        detect(FORMATS[name].required, "here")
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (["question", "answer"], r"no known format has the columns `answer`, `question`"),
+        (["question", "answer"], r"no format for CAUSAL_LM has the columns `answer`, `question`"),
         (["promt", "completion"], r"`promt`: did you mean `prompt`\?"),
-        (["prompt", "chosen", "rejected"], "data for preference training"),
-        (["text", "label"], "data for classification"),
+        (["prompt", "chosen", "rejected"], "data for preference, not for CAUSAL_LM"),
+        (["text", "label"], "data for SEQ_CLS, not for CAUSAL_LM"),
         ([], "no columns"),
     ],
 )

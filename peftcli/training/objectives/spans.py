@@ -1,0 +1,52 @@
+"""Extractive question answering: where the answer begins and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch  # noqa: TID253
+from torch import Tensor  # noqa: TID253
+
+from peftcli.data.collate import IGNORED
+from peftcli.training.objectives.base import Objective, cross_entropy, inputs_of, summed
+
+LONGEST_ANSWER = 64  # tokens
+
+
+class SpanLoss(Objective):
+    """QUESTION_ANS: the mean of two cross entropies over positions, a sample.
+
+    Sums: loss, samples, exact ones, F1 of tokens.
+    """
+
+    def forward(self, batch: dict[str, Tensor], score: bool = False) -> Tensor:
+        targets = batch["targets"]
+        with self.autocast(targets.device):
+            outputs = self.model(**inputs_of(batch))
+        hidden = batch["attention_mask"] == 0
+        start, end = (
+            logits.float().masked_fill(hidden, torch.finfo(torch.float32).min)
+            for logits in (outputs.start_logits, outputs.end_logits)
+        )
+        loss = (cross_entropy(start, targets[:, 0]) + cross_entropy(end, targets[:, 1])) / 2
+        if not score:
+            return loss
+        real = targets[:, 0] != IGNORED
+        targets, first, last = targets[real], *best_span(start[real], end[real])
+        exact = (first == targets[:, 0]) & (last == targets[:, 1])
+        shared = (torch.minimum(last, targets[:, 1]) - torch.maximum(first, targets[:, 0]) + 1).clamp(min=0)
+        lengths = (last - first + 1) + (targets[:, 1] - targets[:, 0] + 1)
+        return summed(loss, len(targets), exact.sum(), (2 * shared / lengths).sum())
+
+    def metrics(self, sums: Sequence[float]) -> dict[str, float]:
+        """By positions; `peft eval` compares texts, as SQuAD does."""
+        _, count, exact, f1 = sums
+        return {**super().metrics(sums), "eval_exact_match": exact / count, "eval_f1": f1 / count}
+
+
+def best_span(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last token [B] of the likeliest span of at most `LONGEST_ANSWER` tokens, from logits [B, T]."""
+    both = start.unsqueeze(2) + end.unsqueeze(1)  # [B, T, T]
+    allowed = torch.ones(both.shape[1:], dtype=torch.bool, device=both.device).triu().tril(LONGEST_ANSWER - 1)
+    best = both.masked_fill(~allowed, -torch.inf).flatten(1).argmax(-1)
+    return best // both.shape[2], best % both.shape[2]
