@@ -71,6 +71,7 @@ def save_bert(folder: Path) -> None:
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
         max_position_embeddings=64, pad_token_id=0, initializer_range=0.3, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -81,7 +82,7 @@ def save_t5(folder: Path) -> None:
     tokenizer = words_tokenizer("t5")
     config = T5Config(
         vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, pad_token_id=0,
-        eos_token_id=2, decoder_start_token_id=0,
+        eos_token_id=2, decoder_start_token_id=0, dropout_rate=0.0,
     )  # fmt: skip
     T5ForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -81,7 +81,7 @@ def _metrics(row: dict[str, Any]) -> str:
     """`eval loss 0.0141  perplexity 1.014  token accuracy 100.0%`: what counts how often something was right in percent."""
     shown = [
         f"{name.removeprefix('eval_').replace('_', ' ')} "
-        + (f"{value:.1%}" if name.endswith(("accuracy", "_f1", "exact_match")) else f"{value:.4g}")
+        + (f"{value:.1%}" if name.endswith(("accuracy", "_f1", "exact_match")) else f"{value:.4f}")
         for name, value in row.items()
         if name.startswith("eval_")
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tasks import make_run
 
 import peftcli
 from peftcli.adapters.config import PeftConfig
@@ -25,6 +26,7 @@ from peftcli.recipe.schema import (
     EvalSplit,
     LauncherSection,
     ModelSection,
+    PreferenceSection,
     Recipe,
 )
 from peftcli.recipe.section import Section
@@ -97,13 +99,17 @@ def noting(found: set[tuple[type, str]]) -> Any:
     return __getattribute__
 
 
-def test_every_field_is_read(recipes: None, read: set[tuple[type, str]]) -> None:
+def test_every_field_is_read(place: Path, recipes: None, read: set[tuple[type, str]]) -> None:
     assert main(["train", "first.yaml"]) == 0
     assert main(["train", "second.yaml"]) == 0
+    for task in ("dpo", "FEATURE_EXTRACTION"):
+        (folder := place / task).mkdir()
+        assert main(["train", str(make_run(task, folder, max_steps=1))]) == 0
     with pytest.raises(InputError):  # tests have no network
         list(read_source(DataSource(path="some/hub-name", name="x"), ("train",)))
     command(LauncherSection(num_processes=2), [], base={})
     sections = (Recipe, ModelSection, DataSection, DataSource, EvalSplit, TrainingSection, LauncherSection)
+    sections += (PreferenceSection,)
     leaves = {(cls, name) for cls in sections for name in cls.model_fields}
     assert not {f"{cls.__name__}.{name}" for cls, name in leaves - read}
 

@@ -137,15 +137,47 @@ def test_refused(case: str, write: Write) -> None:
 
 
 def test_not_supported_yet_is_said(write: Write) -> None:
-    message = refusal(
-        write(
-            ("path: base", "path: base\n  task_type: SEQ_CLS"),
-            add="launcher: {type: deepspeed}\n",
-        )
-    )
-    for field in ("3:14: model.task_type", "12:18: launcher.type"):
-        assert f"recipe.yaml:{field}: " in message
-    assert message.count("not supported yet; today: ") == 2
+    message = refusal(write(add="launcher: {type: deepspeed}\n"))
+    assert "recipe.yaml:11:18: launcher.type: " in message
+    assert message.count("not supported yet; today: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "add", "message"),
+    [
+        (
+            [("path: base", "path: base\n  task_type: SEQ_CLS")],
+            "",
+            "data.format is `chat`, which is no data for SEQ_CLS",
+        ),
+        (
+            [("out/run", "out/run\n  metric_for_best_model: eval_f1")],
+            "",
+            "eval_f1`, which the evaluation of CAUSAL_LM does",
+        ),
+        ([("path: base", "path: base\n  labels: [a, b]")], "", "model.labels names classes, and CAUSAL_LM has none"),
+        ([], "preference: {loss: dpo}\n", "data.format is `chat`, which is no data for preference"),
+        (
+            [("format: chat", "format: auto\n  overflow: split")],
+            "preference: {loss: dpo}\n",
+            "a part of a preference sample",
+        ),
+        (
+            [("format: chat", "format: auto\n  packing: bfd")],
+            "preference: {loss: dpo}\n",
+            "data.packing is for CAUSAL_LM",
+        ),
+        (
+            [("format: chat", "format: auto")],
+            "preference: {loss: orpo, label_smoothing: 0.1}\n",
+            "label_smoothing is DPO's",
+        ),
+    ],
+)
+def test_what_does_not_go_with_the_task_is_refused(
+    write: Write, changes: list[tuple[str, str]], add: str, message: str
+) -> None:
+    assert message in refusal(write(("data:", "data:\n  format: chat"), *changes, add=add))
 
 
 def test_all_problems_at_once_and_a_bound_on_their_number(write: Write) -> None:

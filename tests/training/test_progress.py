@@ -27,7 +27,7 @@ def test_plain_lines(tmp_path: Path) -> None:
     lines = show(tmp_path, terminal=False).splitlines()
     assert len(lines) == 4
     assert re.fullmatch(rf"step 2/4  {FIGURES}", lines[0])
-    assert re.fullmatch(r"step 2/4  eval loss \d+\.\d{4}  perplexity \d+\.\d{3}  token accuracy \d+\.\d%", lines[1])
+    assert re.fullmatch(r"step 2/4  eval loss \d+\.\d{4}  perplexity \d+\.\d{4}  token accuracy \d+\.\d%", lines[1])
     assert "\x1b" not in "".join(lines)
 
 
