@@ -48,6 +48,17 @@ def test_readme_shows_the_quickstart_recipe_as_it_is() -> None:
     assert (PROJECT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8").strip() in README
 
 
+def test_every_promise_names_tests_that_are_there() -> None:
+    rows = README.partition("## What is promised")[2].partition("\n## ")[0]
+    promises = [row for row in rows.splitlines() if row.startswith("| ")][1:]
+    assert len(promises) > 10
+    for promise in promises:
+        tests = re.findall(r"`(tests/[\w./]+\.py)`", promise)
+        assert tests, promise
+        for test in tests:
+            assert "def test_" in (PROJECT / test).read_text(encoding="utf-8"), test
+
+
 def test_changelog_begins_with_this_version() -> None:
     changelog = (PROJECT / "CHANGELOG.md").read_text(encoding="utf-8")
     heading = re.search(r"^## (\S+)", changelog, re.M)

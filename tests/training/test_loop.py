@@ -138,6 +138,10 @@ def test_resume_refuses_another_run(tmp_path: Path) -> None:
     for change, field in changed:
         with pytest.raises(InputError, match=field):
             trainer(tmp_path, **{**values, **change}).train(checkpoint)
+    run = trainer(tmp_path, **values)
+    run.world_size = 2
+    with pytest.raises(InputError, match="processes: was 1, is 2"):
+        run.train(checkpoint)
     with pytest.raises(InputError, match=r"lm_head.weight: is \[97, 16\] torch.float32, not \[97, 24\]"):
         trainer(tmp_path, tiny_llama(hidden_size=24), **values).train(checkpoint)
 

@@ -72,6 +72,21 @@ def test_identical_runs_write_identical_files(tmp_path: Path, base: Path) -> Non
     assert files[0] == files[1]
 
 
+def test_nothing_is_written_through_links(tmp_path: Path, base: Path) -> None:
+    folder = prepare_run(tmp_path / "run", base, max_steps=2)
+    names = [*RESULTS, "rank-0.log", "checkpoint-2"]
+    for name in names:
+        victim = tmp_path / "victims" / name
+        victim.parent.mkdir(exist_ok=True)
+        victim.write_text("mine")
+        (folder / name).symlink_to(victim)
+    (tmp_path / "victims" / "log.jsonl").write_text("")
+    run_quietly(folder)
+    assert {(tmp_path / "victims" / name).read_text() for name in names} == {"mine", ""}
+    assert not [path for path in folder.iterdir() if path.is_symlink()]
+    assert damage(folder / "checkpoint-2") is None
+
+
 def test_the_whole_model_as_baseline(tmp_path: Path, base: Path) -> None:
     folder = prepare_run(tmp_path / "run", base, {"method": "full"})
     result, _ = run_quietly(folder)
