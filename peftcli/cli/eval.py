@@ -16,11 +16,10 @@ from peftcli.errors import EXIT_FAILURE, InputError, printable
 
 if TYPE_CHECKING:
     from peftcli.data.tokens import TokenDataset
-    from peftcli.evaluation.compare import Comparison, Progress
+    from peftcli.evaluation.compare import Progress
+    from peftcli.evaluation.comparison import Comparison
     from peftcli.evaluation.metrics import Metric
     from peftcli.evaluation.panel import Panel
-
-DEFAULT_METRICS = "loss,perplexity"
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def command(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help=f"Metrics, separated by commas; by default {DEFAULT_METRICS}, or none beside --tasks.",
+            help="Metrics, separated by commas; by default those of the task: loss,perplexity for a language model.",
         ),
     ] = None,
     regex: Annotated[
@@ -102,6 +101,8 @@ def command(
     Of generated answers: exact_match, contains, regex, rouge_l, f1, qa_em, qa_f1,
     stop_rate, repetition.
     Of answers that are names of classes: accuracy, macro_f1.
+    Of other tasks: SEQ_CLS accuracy, macro_f1; TOKEN_CLS token_accuracy, span_f1;
+    QUESTION_ANS qa_em, qa_f1; pairs and preferences accuracy.
 
     peft eval out/sql
 
@@ -111,10 +112,9 @@ def command(
 
     peft eval out/sql --tasks arc_easy,my_task.jsonl --max-samples 200
     """
+    from peftcli.evaluation.metrics import default_metrics
     from peftcli.evaluation.panel import gather
 
-    listed = metrics if metrics is not None or tasks is not None else DEFAULT_METRICS
-    wanted, thresholds = _metrics(_names(listed), regex, fail_under or [])
     if tasks is not None:
         from peftcli.evaluation.harness import require_harness
 
@@ -126,6 +126,10 @@ def command(
 
         require_usable(report)
     panel = gather(adapters, base)
+    if tasks is not None and panel.task not in ("CAUSAL_LM", "preference"):
+        raise InputError(f"the harness asks language models, not one of {panel.task}", field="--tasks")
+    listed = metrics if metrics is not None or tasks is not None else default_metrics(panel.task)
+    wanted, thresholds = _metrics(_names(listed), regex, fail_under or [])
     console.note(f"base {panel.base}")
     options = Options(data, format, generate, max_samples, max_new_tokens, batch_size, apply_chat_template)
     comparison, samples = _compare(panel, wanted, _names(tasks), options)
@@ -184,7 +188,8 @@ def _threshold(text: str, known: dict[str, Metric]) -> tuple[str, float]:
 
 def _compare(panel: Panel, metrics: dict[str, Metric], tasks: list[str], options: Options) -> tuple[Comparison, int]:
     """What came out, and over how many samples of data (none, if there are only tasks)."""
-    from peftcli.evaluation.compare import Comparison, compare
+    from peftcli.evaluation.compare import compare
+    from peftcli.evaluation.comparison import Comparison
 
     tokenizer = panel.first.tokenizer()
     samples = _samples(panel, tokenizer, options) if metrics or options.generate or not tasks else None
@@ -198,6 +203,7 @@ def _compare(panel: Panel, metrics: dict[str, Metric], tasks: list[str], options
                 tokenizer,
                 samples,
                 metrics,
+                judge=panel.judge(samples, tokenizer, options.batch_size),
                 generated=options.generate,
                 max_new_tokens=options.max_new_tokens,
                 batch_size=options.batch_size,

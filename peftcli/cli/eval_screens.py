@@ -8,7 +8,7 @@ from peftcli.cli import console
 from peftcli.report.numbers import difference, number, p_value, pairs
 
 if TYPE_CHECKING:
-    from peftcli.evaluation.compare import Comparison, Item, Row
+    from peftcli.evaluation.comparison import Comparison, Item, Row
 
 MAX_COLUMNS_PAIRED = 3
 MAX_LOST = 5

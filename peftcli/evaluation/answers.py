@@ -19,7 +19,7 @@ class Answer:
 
     Args:
         sample: its index in the data set.
-        prompt: [P] int32, every token before the answer; P is at least 2.
+        prompt: [P] int32, every token before the answer; of an encoder-decoder, the encoder's.
         expected: [E] int32, the answer with the token that ends it, if one does.
     """
 
@@ -34,11 +34,12 @@ def answers(data: TokenDataset) -> list[Answer]:
     Running text, and conversations learnt as a whole, have none: nothing in them is only given.
     """
     found = []
+    least = 2 if data.second is None else 1  # the first token is never learnt, and alone it is no question
     for sample in range(len(data)):
         ids, supervised = data[sample]
         edges = np.flatnonzero(np.diff(supervised.astype(np.int8), prepend=0, append=0))
         for start, end in zip(edges[::2], edges[1::2], strict=True):
-            if start > 1:  # the first token is never learnt: alone it is no question
+            if start >= least:
                 found.append(Answer(sample, ids[:start], ids[start:end]))
     return found
 

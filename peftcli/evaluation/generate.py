@@ -30,7 +30,7 @@ def generate(
 ) -> list[list[Written]]:
     """What a model writes after each prompt, always taking the likeliest token.
 
-    Prompts are padded on the left, as a decoder needs it, and batched by length, so little is padded.
+    Prompts are batched by length, so little is padded: on the left, as a decoder needs it, and on the right for an encoder.
 
     Args:
         model: has transformers' `generate`; in eval mode.
@@ -47,21 +47,22 @@ def generate(
         by adapter (one, if there are none), what is written after each prompt in the order given.
     """
     columns = len(adapters or [""])
+    encodes = bool(getattr(model.config, "is_encoder_decoder", False))
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     written: list[list[Written]] = [[Written([], False)] * len(prompts) for _ in range(columns)]
     size = max(1, batch_size // columns)
     for start in range(0, len(order), size):
         indices = order[start : start + size]
-        batch = _pad_left([prompts[index] for index in indices for _ in range(columns)], pad_token_id)
+        batch = _pad([prompts[index] for index in indices for _ in range(columns)], pad_token_id, left=not encodes)
         if tasks is not None:
             batch["task_ids"] = np.repeat([tasks[index] for index in indices], columns)
         more = {} if adapters is None else {"adapter_names": [*adapters] * len(indices)}
-        width = batch["input_ids"].shape[1]
+        width = 1 if encodes else batch["input_ids"].shape[1]  # a decoder begins with a token of its own
         with torch.no_grad():
             outputs = model.generate(
                 **{name: torch.from_numpy(column).to(model.device) for name, column in batch.items()},
                 **more,
-                generation_config=_greedy(end_tokens, pad_token_id, max_new_tokens),
+                generation_config=_greedy(model, end_tokens, pad_token_id, max_new_tokens),
             )
         for row, tokens in enumerate(outputs[:, width:].tolist()):
             written[row % columns][indices[row // columns]] = _until(tokens, end_tokens)
@@ -70,7 +71,7 @@ def generate(
     return written
 
 
-def _greedy(end_tokens: list[int], pad_token_id: int, max_new_tokens: int) -> Any:
+def _greedy(model: Any, end_tokens: list[int], pad_token_id: int, max_new_tokens: int) -> Any:
     """Greedy, also where the base's own generation_config.json asks for sampling, beams or penalties."""
     from transformers import GenerationConfig
 
@@ -81,15 +82,17 @@ def _greedy(end_tokens: list[int], pad_token_id: int, max_new_tokens: int) -> An
         max_new_tokens=max_new_tokens,
         eos_token_id=end_tokens,
         pad_token_id=pad_token_id,
+        decoder_start_token_id=getattr(model.generation_config, "decoder_start_token_id", None),
     )
 
 
-def _pad_left(prompts: Sequence[NDArray[np.int32]], pad_token_id: int) -> dict[str, NDArray[np.int64]]:
+def _pad(prompts: Sequence[NDArray[np.int32]], pad_token_id: int, *, left: bool) -> dict[str, NDArray[np.int64]]:
     shape = (len(prompts), max(map(len, prompts)))
     input_ids, attention_mask = np.full(shape, pad_token_id, np.int64), np.zeros(shape, np.int64)
     for row, prompt in enumerate(prompts):
-        input_ids[row, shape[1] - len(prompt) :] = prompt
-        attention_mask[row, shape[1] - len(prompt) :] = 1
+        place = slice(shape[1] - len(prompt), None) if left else slice(len(prompt))
+        input_ids[row, place] = prompt
+        attention_mask[row, place] = 1
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 

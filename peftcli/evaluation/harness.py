@@ -20,7 +20,8 @@ from peftcli.data.readers import read_file
 from peftcli.errors import InputError, nearest, printable
 from peftcli.evaluation import texts
 from peftcli.evaluation.bench import BASE_COLUMN, Bench
-from peftcli.evaluation.compare import MIN_EXTRA_TOKENS, Progress, Row
+from peftcli.evaluation.compare import MIN_EXTRA_TOKENS, Progress
+from peftcli.evaluation.comparison import Row
 from peftcli.evaluation.estimates import Estimate, mean
 from peftcli.lazy import numpy as np
 

@@ -114,8 +114,21 @@ METRICS = {
         False, "runs of four tokens that come again", of_writing=lambda answer: texts.repetition(answer.tokens)
     ),
 }
+DEFAULTS = {
+    "SEQ_CLS": "loss,accuracy,macro_f1",
+    "TOKEN_CLS": "loss,token_accuracy,span_f1",
+    "QUESTION_ANS": "loss,qa_em,qa_f1",
+    "FEATURE_EXTRACTION": "loss,accuracy",
+    "preference": "loss,accuracy",
+}
+"""What tasks are measured by unless told otherwise; others by loss and perplexity."""
 REGEX = "regex"
 """The metric that a pattern makes."""
+
+
+def default_metrics(task: str) -> str:
+    """Names, separated by commas."""
+    return DEFAULTS.get(task, "loss,perplexity")
 
 
 def known_metrics(pattern: str | None = None, field: str = "--regex") -> dict[str, Metric]:

@@ -13,6 +13,7 @@ from peftcli.evaluation.subject import Subject, find_subject
 if TYPE_CHECKING:
     from peftcli.data.tokens import TokenDataset
     from peftcli.evaluation.bench import Bench
+    from peftcli.evaluation.judge import Judge
 
 ONLY = "tuned"
 """The column of an adapter that is compared with nothing but its base."""
@@ -37,13 +38,34 @@ class Panel:
         """Whether to compute in bfloat16: if every adapter was trained so."""
         return all(subject.bf16 for subject in self.subjects.values())
 
+    @property
+    def task(self) -> str:
+        """What all of them were trained to do."""
+        return self.first.task
+
     def bench(self) -> Bench:
-        """The base, loaded once, and its adapters."""
+        """The base, loaded once, and its adapters. A head that the base does not bring is the same in every run."""
+        import torch
+
         from peftcli.evaluation.bench import Bench
         from peftcli.training.model import load_base
 
+        torch.manual_seed(0)
         base = load_base(self.first.model, self.first.quantization)
         return Bench(base, {column: subject.adapter for column, subject in self.subjects.items()})
+
+    def judge(self, data: TokenDataset, tokenizer: Any, batch_size: int) -> Judge | None:
+        """What measures tasks other than a language model's; pairs are told apart in batches as in training."""
+        from peftcli.evaluation.judge import Setting
+        from peftcli.evaluation.judges import JUDGES
+
+        recipe = self.first.recipe
+        if self.task not in JUDGES or recipe is None:
+            return None
+        if self.task == "FEATURE_EXTRACTION":
+            batch_size = recipe.training.per_device_eval_batch_size
+        setting = Setting(tokenizer, recipe.model.labels or (), batch_size, recipe.training.temperature, self.bf16)
+        return JUDGES[self.task](data, setting)
 
     def data(
         self, tokenizer: Any, path: str | None, *, format: str | None = None, max_samples: int | None = None
@@ -112,7 +134,8 @@ def _conditions(one: Subject, other: Subject) -> Iterator[tuple[str, str, str]]:
     yield "revision of the base", str(one.model.revision), str(other.model.revision)
     yield "type of the base's weights", one.model.dtype, other.model.dtype
     yield "quantization of the base", str(one.quantization), str(other.quantization)
-    yield "task", one.model.task_type, other.model.task_type
+    yield "task", one.task, other.task
+    yield "set of classes", str(one.model.labels), str(other.model.labels)
 
 
 def _resolved(name: str) -> str:

@@ -14,6 +14,7 @@ from peftcli.errors import InputError, nearest, printable
 from peftcli.recipe.adapter_section import FULL
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import DataSection, DataSource, ModelSection, QuantizationSection, Recipe
+from peftcli.recipe.task_rules import task_of
 
 if TYPE_CHECKING:
     from peftcli.data.tokens import TokenDataset
@@ -39,6 +40,11 @@ class Subject:
     quantization: QuantizationSection | None
     run: Path | None
     recipe: Recipe | None
+
+    @property
+    def task(self) -> str:
+        """What it was trained to do: a key of `TASK_FORMATS`."""
+        return "CAUSAL_LM" if self.recipe is None else task_of(self.recipe)
 
     @property
     def bf16(self) -> bool:
@@ -78,7 +84,7 @@ class Subject:
             return dataset.select(range(min(len(dataset), max_samples or len(dataset)))), []
         section = self._section(path, format, max_samples)
         with tempfile.TemporaryDirectory(prefix="peft-eval-") as folder:
-            found = prepare(section, tokenizer, folder=Path(folder), seed=0)
+            found = prepare(section, tokenizer, folder=Path(folder), seed=0, task=self.task, labels=self.model.labels)
         return found.train, [*found.report.warnings, *self.overlap(found.train)]
 
     def has_held_out(self, data: TokenDataset) -> bool:
@@ -94,7 +100,7 @@ class Subject:
 
     def _section(self, path: str, format: str | None, max_samples: int | None) -> DataSection:
         """The recipe's data section with `path` in place of its sources; columns and format are theirs."""
-        formats = ("auto", *TASK_FORMATS["CAUSAL_LM"])
+        formats = ("auto", *TASK_FORMATS[self.task])
         if format is not None and format not in formats:
             problem, close = f"{printable(repr(format))} is not a format", str(nearest(format, formats))
             raise InputError(problem, field="--format", allowed=", ".join(formats), fix=close or None)
@@ -133,14 +139,17 @@ def find_subject(path: str, base: str | None = None) -> Subject:
         InputError: no adapter there, or no base named.
     """
     given = Path(path)
+    recipe: Recipe | None = None
+    run: Path | None
     if given.suffix in (".yaml", ".yml"):
-        recipe: Recipe | None = load_recipe(given, check_paths=False)
-        run: Path | None = Path(recipe.training.output_dir)  # type: ignore[union-attr]
-        adapter: Path | str = run  # type: ignore[assignment]
+        recipe = load_recipe(given, check_paths=False)
+        run = Path(recipe.training.output_dir)
+        adapter: Path | str = run
     else:
         run = next((folder for folder in (given, given.parent) if (folder / RECIPE_NAME).is_file()), None)
-        recipe = load_recipe(run / RECIPE_NAME, check_paths=False) if run else None
         adapter = given if given.exists() else path
+    if run is not None and (run / RECIPE_NAME).is_file():  # what was trained, whatever became of the recipe since
+        recipe = load_recipe(run / RECIPE_NAME, check_paths=False)
     if recipe is not None and recipe.adapter.method == FULL:
         raise InputError("was trained in full, so there is no adapter to switch off", place=adapter)
     if isinstance(adapter, Path) and not (adapter / CONFIG_NAME).is_file():
@@ -157,8 +166,12 @@ def _model(adapter: Path | str, recipe: Recipe | None, base: str | None) -> Mode
 
     config = read_config(resolve_adapter_folder(adapter) / CONFIG_NAME)
     if config.task_type not in (None, TaskType.CAUSAL_LM):
-        problem = f"was trained for {printable(config.task_type)}; only language models are compared"
-        raise InputError(problem, place=adapter, field="task_type", allowed=TaskType.CAUSAL_LM.value)
+        raise InputError(
+            f"was trained for {printable(config.task_type)}, and without its run's recipe nothing tells classes and data",
+            place=adapter,
+            field="task_type",
+            fix="name the run folder it was trained in",
+        )
     if base is not None:
         return ModelSection(name_or_path=base)
     if not config.base_model_name_or_path:

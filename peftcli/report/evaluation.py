@@ -20,7 +20,7 @@ from peftcli.report.folder import FILES, write_json
 from peftcli.report.numbers import difference, number, p_value, pairs
 
 if TYPE_CHECKING:
-    from peftcli.evaluation.compare import Comparison, Item, Row
+    from peftcli.evaluation.comparison import Comparison, Item, Row
     from peftcli.evaluation.metrics import Metric
 
 MAX_LOST, MAX_SAMPLES = 50, 20

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peftcli.evaluation.compare import Row
+    from peftcli.evaluation.comparison import Row
 
 BASE_COLOUR = "0.65"
 PANELS_IN_A_ROW = 4

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from peftcli.evaluation.compare import Row
+    from peftcli.evaluation.comparison import Row
     from peftcli.evaluation.estimates import Estimate
 
 

@@ -21,7 +21,8 @@ from peftcli.data.tokens import TokenDataset
 from peftcli.errors import InputError
 from peftcli.evaluation.answers import answers, end_tokens
 from peftcli.evaluation.bench import Bench
-from peftcli.evaluation.compare import Comparison, compare
+from peftcli.evaluation.compare import compare
+from peftcli.evaluation.comparison import Comparison
 from peftcli.evaluation.generate import generate
 from peftcli.evaluation.metrics import METRICS, known_metrics
 from peftcli.evaluation.score import score_tokens

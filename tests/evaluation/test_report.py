@@ -12,7 +12,7 @@ import pytest
 
 from peftcli.cli import eval_screens
 from peftcli.errors import InputError
-from peftcli.evaluation.compare import Comparison, Item, make_row
+from peftcli.evaluation.comparison import Comparison, Item, make_row
 from peftcli.evaluation.estimates import mean
 from peftcli.evaluation.metrics import METRICS
 from peftcli.report.evaluation import write_report

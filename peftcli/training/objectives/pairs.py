@@ -31,13 +31,17 @@ class PairLoss(Objective):
 
     def forward(self, batch: dict[str, Tensor], score: bool = False) -> Tensor:
         real = batch["targets"][:, 0] != IGNORED
-        anchors, positives = (self._embedded(inputs_of(batch, prefix)) for prefix in ("", "second_"))
-        similarities = anchors @ positives.T / self.temperature  # [B, B]
+        similarities = self.similarities(batch)
         own = torch.where(real, torch.arange(len(real), device=real.device), IGNORED)
         loss = cross_entropy(similarities, own)
         if not score:
             return loss
         return summed(loss, real.sum(), (similarities.argmax(-1) == own).sum())
+
+    def similarities(self, batch: dict[str, Tensor]) -> Tensor:
+        """Of every anchor with every positive of the batch [B, B], by temperature."""
+        anchors, positives = (self._embedded(inputs_of(batch, prefix)) for prefix in ("", "second_"))
+        return anchors @ positives.T / self.temperature
 
     def _embedded(self, inputs: dict[str, Tensor]) -> Tensor:
         """Embeddings [B, D] of unit length: the mean over tokens, padding left out."""

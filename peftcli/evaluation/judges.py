@@ -1,0 +1,188 @@
+"""What models with other heads than a language model's make of their samples: one class a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
+
+from peftcli.data.collate import IGNORED
+from peftcli.evaluation.judge import TAG_SEPARATOR, Judge, Judgement
+from peftcli.lazy import numpy as np
+from peftcli.training.objectives.base import inputs_of
+from peftcli.training.objectives.pairs import PairLoss
+from peftcli.training.objectives.spans import best_span
+
+FRESH_HEAD = "a base that brings no head for this task has a fresh one, which knows nothing"
+
+
+class ClassJudge(Judge):
+    """SEQ_CLS: the likeliest class."""
+
+    note = FRESH_HEAD
+    metrics = ("loss", "accuracy", "macro_f1")
+
+    def rows(self, model: Any, batch: dict[str, Tensor], more: dict[str, Any]) -> Judgement:
+        target = batch["targets"][:, 0]
+        logits = model(**inputs_of(batch), **more).logits
+        predicted = logits.argmax(-1)
+        return _numbers(_losses(logits, target), torch.ones_like(target), predicted == target), predicted.tolist()
+
+    def expected(self, index: int) -> str:
+        assert self.data.targets is not None
+        return self.setting.labels[int(self.data.targets[index, 0])]
+
+    def answer(self, index: int, prediction: Any, batch: list[int]) -> str:
+        return self.setting.labels[prediction]
+
+
+class TagJudge(Judge):
+    """TOKEN_CLS: the likeliest class of each word, as a line of tags."""
+
+    note = FRESH_HEAD
+    metrics = ("loss", "token_accuracy", "span_f1")
+
+    def rows(self, model: Any, batch: dict[str, Tensor], more: dict[str, Any]) -> Judgement:
+        labels = batch["labels"]
+        keep = labels != IGNORED
+        logits = model(**inputs_of(batch), **more).logits
+        predicted = logits.argmax(-1)
+        right = ((predicted == labels) & keep).sum(-1)
+        tags = [row[kept].tolist() for row, kept in zip(predicted, keep, strict=True)]
+        return _numbers(_losses(logits, labels).sum(-1), keep.sum(-1), right), tags
+
+    def expected(self, index: int) -> str:
+        assert self.data.tags is not None
+        span = slice(self.data.offsets[index], self.data.offsets[index + 1])
+        return self._line(self.data.tags[span][self.data[index][1]].tolist())
+
+    def answer(self, index: int, prediction: Any, batch: list[int]) -> str:
+        return self._line(prediction)
+
+    def _line(self, tags: Sequence[int]) -> str:
+        return TAG_SEPARATOR.join(self.setting.labels[tag].replace(TAG_SEPARATOR, "_") for tag in tags)
+
+
+class SpanJudge(Judge):
+    """QUESTION_ANS: the text of the likeliest span; none where it is the first token.
+
+    Answers are texts as the tokenizer writes their tokens.
+    """
+
+    note = FRESH_HEAD
+    metrics = ("loss", "qa_em", "qa_f1", "exact_match", "contains", "f1", "rouge_l")
+
+    def rows(self, model: Any, batch: dict[str, Tensor], more: dict[str, Any]) -> Judgement:
+        outputs, targets = model(**inputs_of(batch), **more), batch["targets"]
+        padding = batch["attention_mask"] == 0
+        start, end = (
+            logits.float().masked_fill(padding, torch.finfo(torch.float32).min)
+            for logits in (outputs.start_logits, outputs.end_logits)
+        )
+        loss = (_losses(start, targets[:, 0]) + _losses(end, targets[:, 1])) / 2
+        first, last = best_span(start, end)
+        right = (first == targets[:, 0]) & (last == targets[:, 1])
+        return _numbers(loss, torch.ones_like(first), right), torch.stack([first, last], 1).tolist()
+
+    def expected(self, index: int) -> str:
+        assert self.data.targets is not None
+        return self.answer(index, self.data.targets[index].tolist(), [])
+
+    def answer(self, index: int, prediction: Any, batch: list[int]) -> str:
+        first, last = prediction
+        return self._text(self.data[index][0][first : last + 1]) if first else ""
+
+
+class TargetJudge(Judge):
+    """SEQ_2_SEQ_LM: the likelihood of the target; answers are generated elsewhere."""
+
+    generates = True
+
+    def rows(self, model: Any, batch: dict[str, Tensor], more: dict[str, Any]) -> Judgement:
+        labels = batch["second_labels"]
+        keep = labels != IGNORED
+        logits = model(**inputs_of(batch), **more, labels=labels, use_cache=False).logits[:, -labels.shape[1] :]
+        right = ((logits.argmax(-1) == labels) & keep).sum(-1)
+        return _numbers(_losses(logits, labels).sum(-1), keep.sum(-1), right), [""] * len(labels)
+
+
+class PairJudge(Judge):
+    """FEATURE_EXTRACTION: the nearest of the batch's second texts to each first one."""
+
+    mixes = False
+    metrics = ("loss", "accuracy")
+
+    def rows(self, model: Any, batch: dict[str, Tensor], more: dict[str, Any]) -> Judgement:
+        similarities = PairLoss(model, self.setting.temperature, bf16=self.setting.bf16).similarities(batch)
+        own = torch.arange(len(similarities), device=similarities.device)
+        nearest = similarities.argmax(-1)
+        return _numbers(_losses(similarities, own), torch.ones_like(own), nearest == own), nearest.tolist()
+
+    def question(self, index: int) -> str:
+        return self._text(self._halves(index)[0])
+
+    def expected(self, index: int) -> str:
+        return self._text(self._halves(index)[1])
+
+    def answer(self, index: int, prediction: Any, batch: list[int]) -> str:
+        return self.expected(batch[prediction])
+
+
+class PreferenceJudge(Judge):
+    """Preferences: the likelier of two answers. The loss is that of the preferred one's tokens."""
+
+    metrics = ("loss", "accuracy")
+
+    def rows(self, model: Any, batch: dict[str, Tensor], more: dict[str, Any]) -> Judgement:
+        (chosen, counts), (rejected, _) = (self._likelihood(model, batch, prefix, more) for prefix in ("", "second_"))
+        preferred = chosen > rejected
+        return _numbers(-chosen, counts, preferred), preferred.tolist()
+
+    def _likelihood(
+        self, model: Any, batch: dict[str, Tensor], prefix: str, more: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Log-likelihood of each row's learnt tokens, and their number."""
+        labels = batch[f"{prefix}labels"][:, 1:]
+        logits = model(**inputs_of(batch, prefix), **more, use_cache=False).logits
+        losses = _losses(logits[:, -labels.shape[1] - 1 : -1], labels)
+        return -losses.sum(-1), (labels != IGNORED).sum(-1)
+
+    def question(self, index: int) -> str:
+        chosen, _ = self._halves(index)
+        learnt = self.data[index][1][: len(chosen)]
+        return self._text(chosen[: int(np.argmax(learnt))])
+
+    def expected(self, index: int) -> str:
+        return self._answer(index, 0)
+
+    def answer(self, index: int, prediction: Any, batch: list[int]) -> str:
+        return self._answer(index, 0 if prediction else 1)
+
+    def _answer(self, index: int, side: int) -> str:
+        halves = self._halves(index)
+        learnt = self.data[index][1]
+        mask = learnt[: len(halves[0])] if side == 0 else learnt[len(halves[0]) :]
+        return self._text(halves[side][mask])
+
+
+JUDGES: dict[str, type[Judge]] = {
+    "SEQ_CLS": ClassJudge,
+    "TOKEN_CLS": TagJudge,
+    "QUESTION_ANS": SpanJudge,
+    "SEQ_2_SEQ_LM": TargetJudge,
+    "FEATURE_EXTRACTION": PairJudge,
+    "preference": PreferenceJudge,
+}
+
+
+def _losses(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy [...] of logits [..., C] at target [...]; 0 where it is ignored."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    flat = nn.functional.cross_entropy(wide.flatten(0, -2), target.flatten(), reduction="none", ignore_index=IGNORED)
+    return flat.view_as(target)
+
+
+def _numbers(losses: Tensor, counts: Tensor, right: Tensor) -> Tensor:
+    return torch.stack([losses.double(), counts.double(), right.double()], 1)
