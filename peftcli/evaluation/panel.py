@@ -83,7 +83,8 @@ class Panel:
                     place=subject.adapter,
                     fix="name a file that none was trained on: --data FILE",
                 )
-            warnings += [f"{column}: {warning}" for warning in subject.overlap(data)]
+            if path is not None:  # a run's own held-out data were looked at when it was trained
+                warnings += [f"{column}: {warning}" for warning in subject.overlap(data)]
         return data, warnings
 
 
