@@ -35,14 +35,17 @@ FORMAT = 1
 log = logging.getLogger(__name__)
 
 
-def package_file(name: str) -> Path:
-    """The one .gguf file inside an installed Python package, which is looked up and never imported.
+def package_model(name: str) -> Path:
+    """The one model inside an installed Python package, which is looked up and never imported.
 
     Args:
         name: of the package to import, or its name on PyPI where the two differ only in dashes.
 
+    Returns:
+        A .gguf file, or a folder with `config.json` beside safetensors.
+
     Raises:
-        InputError: if the package is not installed, or has no such file, or several.
+        InputError: if the package is not installed, or has no such model, or several.
     """
     module = name.replace("-", "_")
     # A name with dots would import the packages around it.
@@ -53,15 +56,18 @@ def package_file(name: str) -> Path:
             field="model.name_or_path",
             fix=f"pip install {printable(name)}" if module.isidentifier() else "give a top-level package",
         )
-    files = sorted(file for folder in spec.submodule_search_locations or () for file in Path(folder).rglob("*.gguf"))
-    if len(files) != 1:
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    files = sorted(file for folder in folders for file in folder.rglob("*.gguf"))
+    models = sorted({file.parent for folder in folders for file in folder.rglob("model*.safetensors")})
+    found = files or [folder for folder in models if (folder / "config.json").is_file()]
+    if len(found) != 1:
         raise InputError(
-            f"the package {printable(name)} holds {len(files)} .gguf files",
+            f"the package {printable(name)} holds {len(found)} models",
             field="model.name_or_path",
-            allowed=", ".join(printable(file) for file in files) or "a package that carries a model as one .gguf file",
-            fix="name one of them by its path" if files else None,
+            allowed=", ".join(map(printable, found)) or "a package with one .gguf file, or one folder of a model",
+            fix="name one of them by its path" if found else None,
         )
-    return files[0]
+    return found[0]
 
 
 def converted(file: Path) -> Path:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from peftcli.errors import InputError, printable
-from peftcli.training.gguf import PACKAGE, converted, package_file
+from peftcli.training.gguf import PACKAGE, converted, package_model
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -18,7 +18,7 @@ def resolve_base(name_or_path: str, revision: str | None = None, *, trust_remote
     """The folder of a base model; downloaded or converted if need be.
 
     Args:
-        name_or_path: a folder, a .gguf file, `package:NAME` (the .gguf file in an installed Python package), or a hub id.
+        name_or_path: a folder, a .gguf file, `package:NAME` (the model in an installed Python package), or a hub id.
         revision: branch, tag or commit, for a hub id.
         trust_remote_code: fetch the Python files of a hub id, too.
 
@@ -26,7 +26,8 @@ def resolve_base(name_or_path: str, revision: str | None = None, *, trust_remote
         InputError: if there is no such base, or it can't be had.
     """
     if name_or_path.startswith(PACKAGE):
-        return converted(package_file(name_or_path.removeprefix(PACKAGE)))
+        found = package_model(name_or_path.removeprefix(PACKAGE))
+        return found if found.is_dir() else converted(found)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path

@@ -13,7 +13,8 @@ import torch
 from peftcli.errors import InputError, RunError
 from peftcli.recipe.schema import ModelSection
 from peftcli.training import gguf as conversion
-from peftcli.training.gguf import converted, package_file
+from peftcli.training.gguf import converted, package_model
+from peftcli.training.locate import resolve_base
 from peftcli.training.locate import resolve_base
 from peftcli.training.model import load_base, load_tokenizer
 
@@ -167,23 +168,29 @@ def package(folder: Path, *files: str) -> None:
 def test_a_package_is_looked_into_and_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path, "one.gguf", "read.me")
     monkeypatch.syspath_prepend(tmp_path)
-    assert package_file("a_model") == package_file("a-model") == tmp_path / "a_model" / "data" / "one.gguf"
+    assert package_model("a_model") == package_model("a-model") == tmp_path / "a_model" / "data" / "one.gguf"
     assert "a_model" not in sys.modules
+
+
+def test_a_package_may_carry_a_models_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path, "config.json", "model.safetensors")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert package_model("a_model") == resolve_base("package:a_model") == tmp_path / "a_model" / "data"
 
 
 def test_a_package_with_several_lists_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path, "one.gguf", "two.gguf")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(InputError, match=r"(?s)holds 2 .gguf files.*one.gguf, .*two.gguf"):
-        package_file("a_model")
+    with pytest.raises(InputError, match=r"(?s)holds 2 models.*one.gguf, .*two.gguf"):
+        package_model("a_model")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("no_such_model", "(?s)no installed Python package 'no_such_model'.*pip install"),
-        ("json", "json holds 0 .gguf files"),
-        ("os", "os holds 0 .gguf files"),
+        ("json", "json holds 0 models"),
+        ("os", "os holds 0 models"),
         ("a_model.data", "no installed Python package"),
         ("../a_model", "no installed Python package"),
         ("", "no installed Python package"),
