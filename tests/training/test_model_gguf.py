@@ -15,7 +15,6 @@ from peftcli.recipe.schema import ModelSection
 from peftcli.training import gguf as conversion
 from peftcli.training.gguf import converted, package_model
 from peftcli.training.locate import resolve_base
-from peftcli.training.locate import resolve_base
 from peftcli.training.model import load_base, load_tokenizer
 
 from .tiny import VOCABULARY, tiny_llama
