@@ -160,6 +160,7 @@ def _read_both(config_path: Path, weights: Path) -> tuple[PeftConfig, TensorFile
         problems.append(error)
     if problems or config is None or file is None:
         raise problems[0] if len(problems) == 1 else InputErrors(problems)
+    config.follow_file({name: tensor.shape for name, tensor in file.tensors.items()})
     return config, file
 
 

@@ -77,7 +77,8 @@ class TensorSpec:
         saved: False for state regenerated from a seed.
         dtype: torch dtype name of a tensor that is not of the adapter's floating type, e.g. `int32`.
         shared: kept once a model, saved as `base_model.<name>`; all sites see the same tensor.
-        live: name in the running model where PEFT's differs from the file's.
+        live: name in the running model where PEFT's differs from the file's; the adapter's name follows the first part,
+            or comes last if this ends with a dot.
         owner: the module before this one whose tensor of this name it is, too; files repeat it at each.
     """
 
@@ -141,6 +142,9 @@ class Adapter:
 
     follows_ties: ClassVar[bool] = False
     """Whether modules that share the adapted module's weight (tied embeddings) are adapted by the same tensors."""
+
+    stored_at_ties: ClassVar[bool] = False
+    """Whether the file repeats the tensors at the modules that follow."""
 
     knows_neighbours: ClassVar[bool] = False
     """Whether what it does at a module depends on which others are adapted, in the model's order (see `arrange`)."""

@@ -98,11 +98,14 @@ def stored_tensors(attached: Attached, name: str) -> dict[str, Tensor]:
     """Every stored tensor of one adapter, in the form its file has, by key."""
     stored = owned_tensors(attached, name)
     for path, layer in attached.layers():
-        if name in layer.adapters and layer.leader(name) is None:
+        if name in layer.adapters:
             for slot, _ in layer.own_tensors(name):
                 stored.pop(f"{attached.key_prefix}{path}.{slot.key}", None)
+            if layer.leader(name) is not None and not layer.adapters[name].stored_at_ties:
+                continue
             form = layer.adapters[name].stored(layer.tensors(name))
             stored.update({f"{attached.key_prefix}{path}.{key}": tensor for key, tensor in form.items()})
+    stored.update({again: stored[key] for again, key in _repeated_biases(attached, name).items()})
     if (prompt := attached.prompt_of(name)) is not None:
         stored.update(prompt.stored())
     return stored
@@ -117,13 +120,34 @@ def adapter_state_dict(
         attached: the model's adapters.
         name: which one.
         save_embedding_layers: also store the base's embeddings: True, False, or `auto`: when their number of rows is
-            not the one the base's config names, i.e. tokens were added. (PEFT's `auto` also stores them whenever an
-            embedding is adapted; that blows files up and nothing reads it.)
+            not the one the base's config names, i.e. tokens were added; of `embed_tokens` and `lm_head` also where the
+            adapter's target_modules name them, as in PEFT.
     """
     state = stored_tensors(attached, name)
     if save_embedding_layers is True or (save_embedding_layers == "auto" and _vocabulary_grew(attached, name)):
         state = embedding_tensors(attached) | state
+    elif save_embedding_layers == "auto" and _names_embeddings(attached.configs[name]):
+        state = {key: t for key, t in embedding_tensors(attached).items() if ".base_layer." in key} | state
     return {key: tensor.detach() for key, tensor in sorted(state.items())}
+
+
+def _names_embeddings(config: PeftConfig) -> bool:
+    """Whether `target_modules` names an embedding by the name PEFT looks for."""
+    targets = getattr(config, "target_modules", None) or ()
+    return config.peft_type != "TRAINABLE_TOKENS" and any(name in targets for name in ("embed_tokens", "lm_head"))
+
+
+def _repeated_biases(attached: Attached, name: str) -> dict[str, str]:
+    """Keys under which PEFT repeats the biases of modules trained in full when it stores all biases, and their own."""
+    if getattr(attached.configs[name], "bias", "none") != "all":
+        return {}
+    return {
+        f"{attached.key_prefix}{path}.{copied.names.copies}.{key}": f"{attached.key_prefix}{path}.{copied.names.saved}{key}"
+        for path, copied in attached.copies()
+        if name in copied.copies
+        for key in copied.copies[name].state_dict()
+        if key.endswith("bias")
+    }
 
 
 def _vocabulary_grew(attached: Attached, name: str) -> bool:
@@ -220,8 +244,9 @@ def _replace(banks: Mapping[str, Buffers], name: str, given: Mapping[str, Tensor
 
 
 def _without_tied(attached: Attached, name: str, tensors: Mapping[str, Tensor], place: str | Path) -> dict[str, Tensor]:
-    """A file's tensors without the second copies PEFT writes for a module that is tied to another."""
-    kept = dict(tensors)
+    """A file's tensors without those PEFT writes twice: of modules tied to another, biases of modules trained in full."""
+    repeated = _repeated_biases(attached, name)
+    kept = {key: tensor for key, tensor in tensors.items() if key not in repeated}
     paths = {layer: path for path, layer in attached.layers()}
     for layer, path in paths.items():
         leader = layer.leader(name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
 from functools import cache
@@ -183,6 +184,9 @@ class PeftConfig:
 
     def check_beside(self, others: list[PeftConfig]) -> None:
         """Refuse to stand in one model with these. Methods whose adapters share something extend it."""
+
+    def follow_file(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Correct what an adapter's file shows to be otherwise, from the shapes of its tensors by key."""
 
     def locate(self, folder: Path, **given: Any) -> None:
         """Find what else the adapter needs, from the folder its files are in and what the caller gives (X-LoRA)."""

@@ -17,7 +17,7 @@ from peftcli.adapters.sites import Site
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one tensor of one adapter lives: `layer.<head>.<adapter>[.<leaf>]`."""
+    """Where one tensor of one adapter lives: `layer.<head>.<adapter>[.<leaf>]`. A head may be a path."""
 
     key: str
     spec: TensorSpec
@@ -98,7 +98,8 @@ class TensorHolder(nn.Module):
                 tensor = torch.empty(spec.shape, dtype=kind, device=device)
                 if initialize and device.type != "meta":
                     fill(tensor, spec.init)
-            head, _, leaf = (spec.live or key).partition(".")
+            live = spec.live or key
+            head, _, leaf = (live[:-1], "", "") if live.endswith(".") else live.partition(".")
             slot = Slot(key, spec, head, leaf)
             self._slots[name].append(slot)
             self._place(name, slot, tensor)
@@ -132,7 +133,8 @@ class TensorHolder(nn.Module):
 
     def follow(self, name: str, adapter: Adapter, leader: TensorHolder) -> None:
         """Give the layer an adapter whose tensors are those of another layer: the two share their weight."""
-        heads = {slot.head: leader._modules[slot.head] for slot, _ in leader.own_tensors(name)}
+        names = {slot.head.partition(".")[0] for slot, _ in leader.own_tensors(name)}
+        heads = {head: leader._modules[head] for head in names}
         self._hold(name, adapter)
         self._slots[name], self._leaders[name] = [], leader
         self._shared[name] = heads
@@ -140,10 +142,11 @@ class TensorHolder(nn.Module):
 
     def _place(self, name: str, slot: Slot, tensor: Tensor) -> None:
         """Register a tensor under PEFT's live name: `lora_A.<name>.weight` for `lora_A.weight`, else `ia3_l.<name>`."""
-        if slot.head not in self._modules:
+        above, last = self._above(slot.head)
+        if last not in above:
             kind = nn.ModuleDict if slot.leaf else nn.ParameterDict if slot.spec.trainable else Buffers
-            self._modules[slot.head] = kind()  # add_module would see the inner layer's through __getattr__
-        container: Any = self._modules[slot.head]
+            above[last] = kind()
+        container: Any = above[last]
         leaf = name
         if slot.leaf:
             if name not in container:
@@ -163,10 +166,19 @@ class TensorHolder(nn.Module):
         else:
             container.register_buffer(leaf, value)
 
+    def _above(self, head: str) -> tuple[dict[str, Any], str]:
+        """The children among which a slot's container is, and its name there; modules on the way are made."""
+        children: dict[str, Any] = self._modules  # add_module would see the inner layer's through __getattr__
+        *path, last = head.split(".")
+        for part in path:
+            children = children.setdefault(part, nn.Module())._modules
+        return children, last
+
     def own_tensors(self, name: str) -> Iterator[tuple[Slot, Tensor]]:
         """One adapter's tensors with their places, without the shared ones."""
         for slot in self._slots[name]:
-            held: Any = self._modules[slot.head]
+            above, last = self._above(slot.head)
+            held: Any = above[last]
             yield slot, attrgetter(slot.leaf)(held[name]) if slot.leaf else held[name]
 
     def tensors(self, name: str) -> Tensors:
@@ -184,10 +196,12 @@ class TensorHolder(nn.Module):
             if leaf
         }
         for head in parted | {slot.head for slot in self._slots[name]}:
-            container: Any = self._modules[head]
-            del container[name]
-            if not len(container):
-                del self._modules[head]
+            above, last = self._above(head)
+            del above[last][name]
+            if not len(above[last]):
+                del above[last]
+            if not above and above is not self._modules:
+                del self._modules[head.partition(".")[0]]
         for key in self._shared.pop(name):
             if not any(key in keys for keys in self._shared.values()):
                 self._modules.pop(key, None)

@@ -95,6 +95,7 @@ class PeftModel(nn.Module):
         folder, config = _for_loading(model_id, None, is_trainable, hub)
         check_fingerprint(folder, self.attached.base)
         tensors = checkpoint.read_tensors(folder, allow_pickle=allow_pickle)
+        config.follow_file({key: tuple(tensor.shape) for key, tensor in tensors.items()})
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, initialize=False)
         try:
             checkpoint.load_state(self.attached, adapter_name, tensors, place=folder)
@@ -255,6 +256,7 @@ class PeftModel(nn.Module):
         before = attached_to(model)
         check_fingerprint(folder, before.base if before else fingerprint(model))
         tensors = checkpoint.read_tensors(folder, allow_pickle=allow_pickle)
+        config.follow_file({key: tuple(tensor.shape) for key, tensor in tensors.items()})
         wrapper = cls.class_for(config)(
             model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, initialize=False
         )

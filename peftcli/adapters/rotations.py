@@ -48,10 +48,14 @@ def cayley_neumann(skew: Tensor, terms: int, *, last_is_halved: bool = True) -> 
 
 
 def within_ball(blocks: Tensor, radius: float) -> Tensor:
-    """Each block [count, n, n] scaled down to a Frobenius norm of at most radius / sqrt(count) (constrained OFT)."""
+    """Each block [count, n, n] scaled down to a Frobenius norm of at most radius / sqrt(count) (constrained OFT).
+
+    Gradients pass the projection by, as in PEFT, which projects the parameters themselves before each pass.
+    """
     radius /= math.sqrt(blocks.shape[0])
-    norm = blocks.flatten(1).norm(dim=1)[:, None, None]
-    return blocks * (radius / norm.clamp_min(radius))
+    fixed = blocks.detach()
+    norm = fixed.flatten(1).norm(dim=1)[:, None, None]
+    return blocks + (fixed * (radius / norm.clamp_min(radius)) - fixed)
 
 
 def rotate_blocks(x: Tensor, blocks: Tensor) -> Tensor:

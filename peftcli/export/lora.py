@@ -154,7 +154,8 @@ def _factors(source: Source, rank: Rank | None) -> tuple[dict[str, LowRank], flo
 def _refuse(source: Source, *, portable: bool) -> None:
     """What is no update of a weight matrix, by name."""
     if source.part is None:
-        raise InputError(f"{source.what} is a prompt, which LoRA can't hold", place=source.folder)
+        kind = "a prompt" if source.config.is_prompt_learning else "a gate over adapters"
+        raise InputError(f"{source.what} is {kind}, which LoRA can't hold", place=source.folder)
     problems = [
         f"{printable(module)} has trainable tokens, which are rows and no update"
         for part in source.companions

@@ -21,6 +21,11 @@ TEXT = (
 )
 """Prose, code and numbers: real text, since random tokens hardly use what a model has learnt."""
 MAX_TOKENS = 64
+PLACES = ("max_position_embeddings", "n_positions")
+"""What configs call the longest sequence."""
+
+ROUTED = ("POLY", "MULTITASK_PROMPT_TUNING")
+"""Methods that ask which task a row is of; the first is compared."""
 
 BOUNDS = {"torch.float32": 1e-3, "torch.float16": 1e-2, "torch.bfloat16": 5e-2}
 """Largest difference allowed, as a share of the largest logit: weights are rounded once more to the model's dtype."""
@@ -67,7 +72,7 @@ def verify(
     """
     config = read_config(adapters[0] / "adapter_config.json")
     facts = read_base(base)
-    inputs = _inputs(base, facts)
+    inputs = _inputs(base, facts, config)
     expected, dtype = _adapted(base, adapters, config, inputs)
     if is_model:
         found = _logits(_load(result, config), inputs)
@@ -84,16 +89,23 @@ def verify(
     return Verdict(difference, largest, bound, int(inputs["input_ids"].numel()))
 
 
-def _inputs(base: Path, facts: BaseFacts) -> dict[str, Tensor]:
-    """Token ids of the text, or without a tokenizer some ids."""
+def _inputs(base: Path, facts: BaseFacts, config: PeftConfig) -> dict[str, Tensor]:
+    """Token ids of the text, or without a tokenizer some ids: as many as base and virtual tokens have places for."""
+    places = next((facts.language_config[name] for name in PLACES if facts.language_config.get(name)), None)
+    count = min(MAX_TOKENS, (places or 2 * MAX_TOKENS) - (getattr(config, "num_virtual_tokens", None) or 0))
     if (base / "tokenizer_config.json").exists():
         from peftcli.training.tokenizer import read_tokenizer
 
-        ids = read_tokenizer(facts)(TEXT, return_tensors="pt")["input_ids"][:, :MAX_TOKENS]
+        ids = read_tokenizer(facts)(TEXT, return_tensors="pt")["input_ids"][:, :count]
     else:
         size = facts.language_config.get("vocab_size", 32)
-        ids = torch.randint(0, size, (1, MAX_TOKENS), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, **({"decoder_input_ids": ids} if facts.config.get("is_encoder_decoder") else {})}
+        ids = torch.randint(0, size, (1, count), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids}
+    if facts.config.get("is_encoder_decoder"):
+        inputs["decoder_input_ids"] = ids
+    if config.peft_type in ROUTED:
+        inputs["task_ids"] = torch.zeros(1, dtype=torch.long)
+    return inputs
 
 
 def _adapted(base: Path, adapters: Sequence[Path], config: PeftConfig, inputs: dict[str, Tensor]) -> tuple[Tensor, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ from peftcli.merging.tensors import read_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+REPEATED = re.compile(r"\.(modules_to_save|original_module)\.")
+"""In the keys of biases PEFT stores once more when all biases are trained, and of the replaced ones, which do nothing."""
 
 USUAL_RANK = 16
 """Given to the update of a method that has no rank."""
@@ -82,8 +86,18 @@ class Source:
     @property
     def copies(self) -> dict[str, TensorInfo]:
         """Tensors of modules and biases trained in full, by their name in the base."""
-        copies = self.audit.copies.items()
-        return {key.removeprefix(PREFIX).replace(".base_layer.", "."): info for key, info in copies}
+        own = {key.removeprefix(PREFIX): info for key, info in self.audit.copies.items()}
+        kept = {
+            key: info for key, info in own.items() if not (REPEATED.search(key) or self._is_base_embedding(key, info))
+        }
+        return {key.replace(".base_layer.", "."): info for key, info in kept.items()}
+
+    def _is_base_embedding(self, key: str, info: TensorInfo) -> bool:
+        """Whether a tensor is an adapted embedding's own weight, which PEFT stores beside the adapter, unchanged."""
+        if not key.endswith(".base_layer.weight") or self.audit.base is None:
+            return False
+        original = self.audit.base.find(key.replace(".base_layer.", "."))
+        return original is not None and original.shape == info.shape
 
     def read(self, info: TensorInfo) -> Tensor:
         """One of its tensors as it is stored."""
@@ -182,9 +196,9 @@ class Source:
 
     def _require_same_bias(self, adapter: Adapter, p: Tensors) -> None:
         """A method that turns outputs turns the bias with them, and some add to it: no update of the weight can do that."""
-        if adapter.shape.has_bias:
-            ones = torch.ones(adapter.shape.out_features)
-            if not torch.equal(adapter.merged_bias(p, ones), ones):
+        if adapter.shape.out_features:
+            bias = torch.full((adapter.shape.out_features,), float(adapter.shape.has_bias))  # none is a bias of zeros
+            if not torch.equal(adapter.merged_bias(p, bias), bias):
                 raise InputError(
                     f"{self.what} changes the bias of {adapter.shape.name}, which LoRA can't",
                     place=self.folder,

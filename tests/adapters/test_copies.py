@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from peftcli import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
@@ -90,3 +91,17 @@ def test_a_module_is_trained_in_full_by_one_entry_only() -> None:
     assert type(base.norm) is nn.LayerNorm
     with pytest.raises(InputError, match="LN tuning cannot be applied to modules of type ModuleList"):
         get_peft_model(nn.Sequential(nn.ModuleList([nn.Linear(2, 2)])), LNTuningConfig(target_modules=["0"]))
+
+
+def test_all_biases_of_a_copy_are_stored_twice_and_read(tmp_path: Path) -> None:
+    """As PEFT does: the bias of a module trained in full once as its own and once as the copy's."""
+    model = get_peft_model(Block(), LoraConfig(target_modules=["0"], modules_to_save=["head"], bias="all")).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(stored["base_model.model.head.modules_to_save.bias"], stored["base_model.model.head.bias"])
+    x = torch.randn(4, 8)
+    assert torch.equal(PeftModel.from_pretrained(Block(), tmp_path)(x), model(x))

@@ -11,6 +11,7 @@ from merging.lab import assert_same, deltas, load, load_base, logits, save_adapt
 from safetensors.torch import load_file, save_file
 
 from peftcli import PromptTuningConfig, get_peft_model
+from peftcli.adapters.registry import config_class
 from peftcli.errors import InputError, RunError
 from peftcli.export.lora import export_lora, export_peft
 from peftcli.export.merged import export_merged
@@ -155,3 +156,38 @@ def test_verify_several_adapters(base: Path, tmp_path: Path) -> None:
     export_merged(adapters, base, tmp_path / "m")
     verdict = verify(base, adapters, tmp_path / "m", is_model=True, is_exact=True)
     assert verdict.difference < 1e-4
+
+
+def test_an_adapted_embedding_stored_beside_its_adapter_is_no_module_trained_in_full(
+    base: Path, tmp_path: Path
+) -> None:
+    save_adapter(tmp_path / "a", base, target_modules=["embed_tokens", "q_proj"])
+    stored = load_file(tmp_path / "a/adapter_model.safetensors")
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in stored  # as PEFT's "auto" does
+    export_lora(tmp_path / "a", tmp_path / "portable", portable=True)
+    assert not any("base_layer" in key for key in load_file(tmp_path / "portable/adapter_model.safetensors"))
+    verify(base, [tmp_path / "a"], tmp_path / "portable", is_model=False, is_exact=True)
+    export_merged([tmp_path / "a"], base, tmp_path / "merged")
+    verify(base, [tmp_path / "a"], tmp_path / "merged", is_model=True, is_exact=True)
+
+
+def test_what_changes_a_missing_bias_is_no_lora(base: Path, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "a", base, "BEFT", init_weights=False)
+    with pytest.raises(InputError, match="changes the bias"):
+        export_lora(tmp_path / "a", tmp_path / "l", portable=False, base=base)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"), [("PREFIX_TUNING", {"num_virtual_tokens": 5}), ("POLY", {"n_tasks": 2, "r": 2})]
+)
+def test_verify_makes_room_for_prompts_and_names_a_task(base: Path, tmp_path: Path, method: str, fields: dict) -> None:
+    model = load_base(base)
+    short = save_base(tmp_path / "short", max_position_embeddings=24)
+    config = {"target_modules": ["q_proj"]} if method == "POLY" else {}
+    get_peft_model(model, config_class(method)(task_type="CAUSAL_LM", **fields, **config)).save_pretrained(
+        tmp_path / "a"
+    )
+    export_peft(tmp_path / "a", tmp_path / "copy")
+    verdict = verify(short, [tmp_path / "a"], tmp_path / "copy", is_model=False, is_exact=True)
+    assert verdict.difference == 0
+    assert verdict.tokens == 24 - fields.get("num_virtual_tokens", 0)

@@ -6,6 +6,7 @@ back. Factor i lets features mix that lie 2^i half blocks apart, so few paramete
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -48,6 +49,12 @@ class BOFTConfig(TunerConfig):
     boft_dropout: Annotated[float, Ge(0), Le(1)] = 0.0
     bias: Literal["none", "all", "boft_only"] = "none"
     init_weights: bool = True
+
+    def follow_file(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """PEFT without its CUDA kernel makes one factor, whatever the config it writes asks for."""
+        factors = {shape[0] for key, shape in shapes.items() if key.endswith(".boft_R") and len(shape) == 4}
+        if factors == {1}:
+            self.boft_n_butterfly_factor = 1
 
     def validate(self) -> None:
         super().validate()

@@ -112,8 +112,12 @@ class Psoft(LowRankAdapter):
         """The r largest singular parts: [out, r], [r], [r, in]."""
         r = self.config.r
         if self.config.psoft_svd == "full":
-            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-            return u[:, :r], s[:r], vh[:r]
+            # No file holds these, so they must come out alike on every machine: in double precision, with the signs
+            # single precision gives, as in PEFT.
+            _, _, rough = torch.linalg.svd(weight, full_matrices=False)
+            u, s, vh = (part.float() for part in torch.linalg.svd(weight.double(), full_matrices=False))
+            signs = (rough[:r] * vh[:r]).sum(1).sign()
+            return u[:, :r] * signs, s[:r], vh[:r] * signs[:, None]
         on_cpu = weight.device.type == "cpu"
         with torch.random.fork_rng(
             [] if on_cpu else [weight.device], device_type="cuda" if on_cpu else weight.device.type

@@ -71,8 +71,10 @@ class TrainableTokens(DeltaAdapter):
 
     kinds = frozenset({"embedding", "linear"})
     follows_ties = True
+    stored_at_ties: ClassVar[bool] = True
     config: TrainableTokensConfig
     key: ClassVar[str] = "trainable_tokens_delta"
+    live: ClassVar[str | None] = None
 
     @property
     def is_embedding(self) -> bool:
@@ -89,7 +91,7 @@ class TrainableTokens(DeltaAdapter):
                 allowed=f"0 to {tokens - 1:,}",
                 fix="resize the model's embeddings first if the tokens are new",
             )
-        return {self.key: TensorSpec((len(self.config.token_indices), size))}
+        return {self.key: TensorSpec((len(self.config.token_indices), size), live=self.live)}
 
     def initialize(self, p: Tensors) -> None:
         if self.config.init_weights:
@@ -140,6 +142,8 @@ class TokensBeside(TrainableTokens):
     """The same under the name PEFT gives it beside another method."""
 
     key = "token_adapter.trainable_tokens_delta"
+    live = "token_adapter.trainable_tokens_delta."
+    stored_at_ties = False
 
 
 def tokens_beside(indices: list[int] | dict[str, list[int]]) -> list[TrainableTokensConfig]:

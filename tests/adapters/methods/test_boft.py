@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peftcli import BOFTConfig, PeftModel, get_peft_model
+from peftcli.adapters.audit import audit_folder
 from peftcli.adapters.base import SiteShape, Tensors
 from peftcli.adapters.methods.boft import Boft, interleave
 from peftcli.adapters.rotations import cayley
@@ -94,3 +95,15 @@ def test_old_files_hold_permutations_that_nobody_needs(tmp_path: Path) -> None:
     again = PeftModel.from_pretrained(net(), tmp_path)
     x = torch.randn(3, 16)
     assert torch.equal(again(x), model.eval()(x))
+
+
+def test_a_file_with_one_factor_whatever_its_config_says(tmp_path: Path) -> None:
+    """PEFT without its CUDA kernel makes one factor and writes the config as it was given."""
+    config = BOFTConfig(boft_block_size=4, target_modules=["0"], init_weights=False)
+    model = get_peft_model(net(), config).eval()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"boft_n_butterfly_factor": 1', '"boft_n_butterfly_factor": 2'))
+    x = torch.randn(3, 16)
+    assert torch.equal(PeftModel.from_pretrained(net(), tmp_path)(x), model(x))
+    assert not audit_folder(tmp_path).errors

@@ -58,7 +58,10 @@ def test_rows_are_replaced_and_tied_heads_follow(tied: bool, tmp_path: Path) -> 
 
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
-        assert list(file.keys()) == ["base_model.model.model.embed_tokens.trainable_tokens_delta"]
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    places = ["lm_head", "model.embed_tokens"] if tied else ["model.embed_tokens"]  # PEFT stores a tied head's, too
+    assert list(stored) == [f"base_model.model.{place}.trainable_tokens_delta" for place in places]
+    assert all(torch.equal(tensor, rows) for tensor in stored.values())
     again = PeftModel.from_pretrained(llama(tied=tied), tmp_path)
     torch.testing.assert_close(again(IDS).logits, expected, atol=1e-5, rtol=1e-5)
 
@@ -174,3 +177,15 @@ def test_a_tied_head_can_t_follow_and_be_adapted_itself() -> None:
     with pytest.raises(InputError, match=r"lm_head.*tied to model\.embed_tokens"):
         get_peft_model(base, config)
     assert not any("base_layer" in name for name, _ in base.named_modules())
+
+
+def test_beside_lora_the_tensor_has_pefts_name_and_leaves_no_trace() -> None:
+    model = get_peft_model(llama(tied=True), LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3]))
+    names = [name for name, p in model.named_parameters() if "token" in name and p.requires_grad]
+    assert names == ["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default"]
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[4]))
+    model.set_adapter("second")
+    model.delete_adapter("default")
+    names = [name for name, _ in model.named_parameters() if "token_adapter" in name]
+    assert names == ["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.second"]
+    assert not any("default" in name for name, _ in model.named_modules())
