@@ -62,13 +62,18 @@ class Linear4bitSite(QuantizedSite):
     @property
     def dtype(self) -> torch.dtype:
         """What the weight dequantises to."""
-        state = getattr(self.stored, "quant_state", None)
+        state = self.state
         return state.dtype if state is not None else self.stored.dtype
+
+    @property
+    def state(self) -> Any:
+        """What dequantises the weight, or None before it is quantised; where FSDP gathered the weight only the module has it."""
+        return getattr(self.stored, "quant_state", None) or getattr(self.module, "quant_state", None)
 
     def weight(self) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(self.stored.data, self.stored.quant_state)  # type: ignore[attr-defined]
+        return dequantize_4bit(self.stored.data, self.state)
 
 
 class Linear8bitSite(QuantizedSite):

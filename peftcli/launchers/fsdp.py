@@ -1,23 +1,114 @@
-"""FSDP files: accelerate's format, of which the section `fsdp_config` says how to shard."""
+"""FSDP files: accelerate's format, of which the section `fsdp_config` says how to shard.
+
+accelerate itself takes no FSDP on the CPU and says nothing, so the worker shards by hand (training/strategies/fsdp.py).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcli.errors import InputError
+from peftcli.errors import InputError, InputErrors, nearest, printable
 
 if TYPE_CHECKING:
     from peftcli.recipe.schema import Recipe
 
+AUTO = "auto"
+LAYERS = "fsdp_transformer_layer_cls_to_wrap"
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "fsdp_version": (2,),
+    "fsdp_reshard_after_forward": (True, False),
+    "fsdp_offload_params": (False, True),
+    "fsdp_auto_wrap_policy": ("TRANSFORMER_BASED_WRAP",),
+    "fsdp_state_dict_type": ("FULL_STATE_DICT",),
+}
+"""What each setting may be; the first is taken where a file leaves it out. LAYERS and checkpointing come besides."""
+
 
 def completed(values: dict[str, Any], recipe: Recipe, processes: int, *, place: Path) -> dict[str, Any]:
-    """The section `fsdp_config` of a file.
+    """The section `fsdp_config` of a file, every setting filled in and proved to agree with the recipe.
+
+    Args:
+        processes: of all machines.
+        place: the file.
 
     Raises:
-        InputError: it has none.
+        InputErrors: naming each setting that is unknown, impossible or not what the recipe says.
     """
     section = values.get("fsdp_config")
     if not isinstance(section, dict):
         raise InputError("has no section fsdp_config", place=place, field="launcher.config")
-    return section
+    decided = {
+        "distributed_type": "FSDP",
+        "num_processes": processes,
+        "mixed_precision": "bf16" if recipe.training.bf16 else "no",
+    }
+    checkpointing = {"fsdp_activation_checkpointing": recipe.training.gradient_checkpointing}
+    problems = [
+        *_contradictions(values, decided, place),
+        *_contradictions(section, checkpointing, place),
+        *_impossible(section, place),
+        *_not_shardable(recipe),
+    ]
+    if problems:
+        raise problems[0] if len(problems) == 1 else InputErrors(problems)
+    filled = {name: section.get(name, choices[0]) for name, choices in CHOICES.items()}
+    return {**filled, **checkpointing, LAYERS: _layers(section.get(LAYERS, AUTO), place)}
+
+
+def _contradictions(values: dict[str, Any], decided: dict[str, Any], place: Path) -> Iterator[InputError]:
+    for name, value in decided.items():
+        if values.get(name, AUTO) not in (AUTO, value):
+            yield InputError(
+                f"is {printable(values[name])}, but the recipe makes it {value}", place=place, field=name, fix=AUTO
+            )
+
+
+def _impossible(section: dict[str, Any], place: Path) -> Iterator[InputError]:
+    known = (*CHOICES, LAYERS, "fsdp_activation_checkpointing")
+    for name, value in section.items():
+        if name not in known:
+            yield InputError(
+                "is not known here",
+                place=place,
+                field=f"fsdp_config.{printable(name)}",
+                allowed=", ".join(known),
+                fix=str(nearest(str(name), known)) or "leave it out",
+            )
+        elif name in CHOICES and not any(type(value) is type(choice) and value == choice for choice in CHOICES[name]):
+            yield InputError(
+                f"is {printable(value)}",
+                place=place,
+                field=f"fsdp_config.{name}",
+                allowed=", ".join(
+                    str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in CHOICES[name]
+                ),
+            )
+
+
+def _layers(value: Any, place: Path) -> list[str] | None:
+    """Class names, given as one text with commas or as a list; None where the model's own say is taken."""
+    if value == AUTO:
+        return None
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise InputError(
+            f"is {printable(value)}", place=place, field=f"fsdp_config.{LAYERS}", allowed="auto, or names of classes"
+        )
+    return [name.strip() for name in names]
+
+
+def _not_shardable(recipe: Recipe) -> Iterator[InputError]:
+    """Quantised weights that have to be of a floating type, that of the computation, to be sharded and gathered."""
+    section = recipe.quantization
+    if section is None:
+        return
+    if section.load_in_8bit:
+        yield InputError("8-bit weights can't be sharded", field="quantization.load_in_8bit", fix="load_in_4bit: true")
+    elif section.bnb_4bit_quant_storage != section.bnb_4bit_compute_dtype:
+        yield InputError(
+            f"is {section.bnb_4bit_quant_storage}: FSDP shards 4-bit weights that are stored as what they are computed in",
+            field="quantization.bnb_4bit_quant_storage",
+            fix=f"set it to {section.bnb_4bit_compute_dtype}, as bnb_4bit_compute_dtype is",
+        )

@@ -11,13 +11,11 @@ from typing import Any
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
-from peftcli.adapters.checkpoint import load_state, read_tensors
-from peftcli.adapters.engine import adapters_of
 from peftcli.data.tokens import TokenDataset
 from peftcli.errors import RunError
 from peftcli.files import write_atomically
 from peftcli.recipe.schema import Recipe
-from peftcli.training.model import load_base, load_tokenizer
+from peftcli.training.model import load_tokenizer
 from peftcli.training.quiet import quiet_transformers
 from peftcli.training.strategies.plain import Strategy
 
@@ -118,50 +116,27 @@ def probe_logits(model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
     return (found[:, -length:] if found.dim() == 3 else found).float().cpu()
 
 
-def reload_difference(recipe: Recipe, folder: Path, probe: dict[str, Tensor], expected: Tensor) -> float:
+def reload_difference(
+    strategy: Strategy, recipe: Recipe, folder: Path, probe: dict[str, Tensor], expected: Tensor
+) -> float:
     """Load the written files as a user would, and return the largest difference of a logit.
+
+    Every process calls this where the base is sharded, the first one alone otherwise.
 
     Raises:
         RunError: they are not the model that was trained.
     """
-    device = probe["input_ids"].device
     if recipe.adapter.config is None:
         section = recipe.model.model_copy(update={"name_or_path": str(folder), "revision": None})
-        model: nn.Module = load_base(section, recipe.quantization, device=device)
+        model: nn.Module = strategy.load_base(section, recipe.quantization)
     else:
         from peftcli import PeftModel
 
-        base = load_base(recipe.model, recipe.quantization, device=device)
-        model = PeftModel.from_pretrained(base, folder)
-    return _difference(probe_logits(model, probe), expected, folder)
-
-
-def reread_difference(
-    strategy: Strategy, model: nn.Module, folder: Path | None, probe: dict[str, Tensor], expected: Tensor
-) -> float:
-    """As `reload_difference`, for a base that no process holds whole: the files are read back into the live model.
-
-    Its trained values are wiped out before, so that one the files don't hold could not go unnoticed. Every process calls
-    this.
-
-    Args:
-        folder: where the files are; None on all processes but the first.
-    """
-    attached = adapters_of(model)
-    with strategy.whole(write=True):
-        if folder is not None:
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        parameter.fill_(torch.nan)
-            load_state(attached, attached.active[0], read_tensors(folder), place=folder)
-    with strategy.forwarding():
-        logits = probe_logits(model, probe)
-    return _difference(logits, expected, folder or Path())
-
-
-def _difference(logits: Tensor, expected: Tensor, folder: Path) -> float:
-    difference = float((logits - expected).abs().max())
+        base = strategy.load_base(recipe.model, recipe.quantization)
+        with strategy.attaching(base):
+            model = PeftModel.from_pretrained(base, folder)
+    with strategy.loaded(model):
+        difference = float((probe_logits(model, probe) - expected).abs().max())
     if not difference <= TOLERANCE * float(expected.abs().max()):
         raise RunError(
             f"{folder}: the written files are not the model that was trained: logits differ by {difference:.3g}. "

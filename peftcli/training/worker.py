@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import set_seed  # noqa: TID253
+from accelerate.utils import broadcast_object_list, set_seed  # noqa: TID253
 from rich.console import Console
 from torch import nn  # noqa: TID253
 
@@ -53,7 +53,6 @@ from peftcli.training.publish import (
     probe_logits,
     probe_of,
     reload_difference,
-    reread_difference,
 )
 from peftcli.training.reports import Outcome
 from peftcli.training.signals import Interrupted, StopSignals
@@ -120,13 +119,13 @@ class _Worker:
             with self.strategy.whole():
                 if written is not None:
                     export(written)
-            if self.strategy.shards_base and self.recipe.adapter.config is not None:
-                difference = reread_difference(self.strategy, model, written, probe, expected)
-            elif written is not None:
-                # Two bases may not fit into memory together: this one goes, with gradients and moments.
-                del model, export, trainer
-                self.strategy.finish()
-                difference = reload_difference(self.recipe, written, probe, expected)
+            # Two bases may not fit into memory together: this one goes, with gradients and moments.
+            del model, export, trainer
+            self.strategy.finish()
+            folder = broadcast_object_list([written])[0] if self.strategy.shards_base else written
+            if folder is None:
+                return None
+            difference = reload_difference(self.strategy, self.recipe, folder, probe, expected)
             return None if written is None else self._finish(outcome, written, difference)
 
     def _temporary_folder(self, step: int) -> AbstractContextManager[Path | None]:

@@ -11,6 +11,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from peftcli.data.report import DataReport, PartReport, SourceReport
+from peftcli.launchers import configs
 from peftcli.recipe.load import dump_recipe
 from peftcli.recipe.schema import Recipe
 from peftcli.training.quiet import quiet_transformers
@@ -33,6 +34,7 @@ def prepare_run(
     adapter: dict[str, Any] | None = None,
     *,
     quantization: dict[str, Any] | None = None,
+    launcher: dict[str, Any] | None = None,
     **training: Any,
 ) -> Path:
     """Everything the worker reads."""
@@ -44,10 +46,11 @@ def prepare_run(
             "quantization": quantization,
             "data": {"train": "/data/train.jsonl"},
             "training": {"output_dir": str(folder), **quick, **training},
-            "launcher": {"num_processes": "auto"},
+            "launcher": launcher or {"num_processes": "auto"},
         }
     )
     (folder / "data").mkdir(parents=True)
+    configs.write(folder / "data", configs.resolve(recipe, 2))
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     train, held_out = random_data(), random_data(5, seed=1)
     train.save(folder / "data" / "train.safetensors")

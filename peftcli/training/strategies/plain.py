@@ -155,7 +155,11 @@ class Strategy:
         yield
 
     def forwarding(self) -> AbstractContextManager[None]:
-        """Around calls of the model itself, in evaluation mode, instead of `scoring`. Every process makes the same."""
+        """Around calls of the trained model itself, in evaluation mode, instead of `scoring`. All processes call alike."""
+        return nullcontext()
+
+    def loaded(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Around calls of a model that `load_base` has loaded and nobody will train, once `finish` was called."""
         return nullcontext()
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -171,5 +175,7 @@ class Strategy:
         state.join_optimizer(self.optimizer, self.names, folder, plain)
 
     def finish(self) -> None:
-        """Free what training held: gradients, moments."""
+        """Let go of the model, and free what training held: gradients, moments."""
+        for name in ("model", "loss", "scoring", "optimizer", "_accelerated"):
+            self.__dict__.pop(name, None)
         self.accelerator.free_memory()

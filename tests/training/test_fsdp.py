@@ -1,0 +1,246 @@
+"""FSDP2 in two real processes over gloo: equal to one process and to DDP, resumed to the bit, continued under the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peftcli.errors import RunError
+from peftcli.training import worker
+from peftcli.training.strategies.fsdp import FullyShardedDataParallel
+from training.run_folders import prepare_run, save_base
+from training.tiny import settings
+
+LORA = {"method": "lora", "r": 4, "target_modules": ["q_proj", "up_proj"]}
+FSDP = {"type": "fsdp", "num_processes": 2}
+OFFLOAD = {**FSDP, "config": "fsdp-offload"}
+DDP = {"type": "accelerate", "num_processes": 2}
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_quant_storage": "bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run to compare: in one process with a batch of 4, or under DDP, and under FSDP with two of 2."""
+
+    adapter: dict[str, Any]
+    base: str = "float32"
+    launcher: dict[str, Any] = field(default_factory=lambda: FSDP)
+    quantization: dict[str, Any] | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def prepare(self, folder: Path, base: Path, launcher: dict[str, Any] | None, batch: int) -> None:
+        prepare_run(
+            folder, base, self.adapter, quantization=self.quantization, launcher=launcher, group_by_length=False,
+            per_device_train_batch_size=batch, **self.training,
+        )  # fmt: skip
+
+
+ADALORA = {"method": "adalora", "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1}
+FAST = {
+    "lora": Row({**LORA, "target_modules": "all-linear"}, training={"gradient_accumulation_steps": 2}),
+    "adalora": Row({**ADALORA, "target_modules": ["q_proj"]}),
+    "modules_to_save": Row({**LORA, "modules_to_save": ["lm_head"]}, training={"gradient_checkpointing": True}),
+    "full": Row({"method": "full"}, base="tied", launcher=OFFLOAD),
+}
+SLOW = {
+    "dora": Row({**LORA, "use_dora": True}),
+    "pissa": Row({**LORA, "init_lora_weights": "pissa"}),
+    "embeddings": Row({**LORA, "target_modules": ["embed_tokens", "q_proj"]}),
+    "ia3": Row({"method": "ia3"}),
+    "loha": Row({"method": "loha", "r": 4, "target_modules": ["q_proj"]}),
+    "vera": Row({"method": "vera", "r": 4, "target_modules": ["q_proj"]}),
+    "ln_tuning": Row({"method": "ln_tuning"}),
+    "prompt_tuning": Row({"method": "prompt_tuning", "num_virtual_tokens": 4}),
+    "prefix_tuning": Row({"method": "prefix_tuning", "num_virtual_tokens": 4}),
+    "tied": Row({**LORA, "modules_to_save": ["embed_tokens", "lm_head"]}, base="tied"),
+    "adafactor": Row(LORA, training={"optim": "adafactor"}),
+    "full_in_windows": Row(
+        {"method": "full"}, training={"gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    ),
+}
+TWICE = {
+    "bfloat16": Row(LORA, base="bfloat16"),
+    "autocast": Row(LORA, training={"bf16": True}),
+    "qlora": Row(
+        {**LORA, "use_dora": True}, base="bfloat16", quantization=NF4, training={"gradient_checkpointing": True}
+    ),
+}
+"""Compared with DDP: rounding in 16 bits depends on how many rows a batch has."""
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {
+        "float32": save_base(folder / "float32"),
+        "bfloat16": save_base(folder / "bfloat16", dtype=torch.bfloat16, hidden_size=64, intermediate_size=128),
+        "tied": save_base(folder / "tied", tie_word_embeddings=True),
+    }
+
+
+def run_in_two(folder: Path, runs: list[tuple[str, str | None]]) -> None:
+    """The worker of each (run folder, checkpoint to resume), one after another in the same two processes."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name("fsdp_ranks.py")), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def prepare_rows(folder: Path, rows: dict[str, Row], bases: dict[str, Path]) -> list[tuple[str, str | None]]:
+    for name, row in rows.items():
+        row.prepare(folder / name, bases[row.base], row.launcher, 2)
+    return [(name, None) for name in rows]
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path]) -> Path:
+    """Everything CI runs, in one pair of processes."""
+    folder = tmp_path_factory.mktemp("fast")
+    runs = prepare_rows(folder, FAST, bases)
+    for name, row in TWICE.items():
+        row.prepare(folder / name, bases[row.base], row.launcher, 2)
+        row.prepare(folder / f"{name}-ddp", bases[row.base], DDP, 2)
+        runs += [(name, None), (f"{name}-ddp", None)]
+    drops = Row({**LORA, "lora_dropout": 0.2})
+    for name, launcher in (("whole", FSDP), ("whole-ddp", DDP)):
+        drops.prepare(folder / name, bases["float32"], launcher, 2)
+        runs.append((name, None))
+    run_in_two(folder, runs)
+    resumed: list[tuple[str, str | None]] = []
+    for name, source, launcher in (("again", "whole", FSDP), ("to-ddp", "whole", DDP), ("from-ddp", "whole-ddp", FSDP)):
+        drops.prepare(folder / name, bases["float32"], launcher, 2)
+        for file in ("checkpoint-2", "log.jsonl"):
+            copy = shutil.copytree if (folder / source / file).is_dir() else shutil.copy
+            copy(folder / source / file, folder / name / file)
+        resumed.append((name, "auto"))
+    run_in_two(folder, resumed)
+    return folder
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    assert not (folder / "error.txt").exists(), (folder / "error.txt").read_text()
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    name = "adapter_model.safetensors"
+    return load_file(folder / (name if (folder / name).exists() else "model.safetensors"))
+
+
+def assert_equal(one: Path, other: Path, *, losses: float = 1e-5, values: float = 1e-4) -> None:
+    for theirs, ours in zip(log(one), log(other), strict=True):
+        for name in theirs.keys() & {"loss", "grad_norm", "eval_loss"}:
+            assert ours[name] == pytest.approx(theirs[name], abs=losses), name
+    expected, saved = weights(one), weights(other)
+    assert saved.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(saved[name], tensor, atol=values, rtol=0, msg=name)
+
+
+def test_what_runs_is_read_back(fast: Path) -> None:
+    text = (fast / "lora" / "screen.txt").read_text()
+    assert "2 processes share the base (FSDP2)" in text
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_equals_one_process(name: str, fast: Path, bases: dict[str, Path], tmp_path: Path) -> None:
+    row = FAST[name]
+    row.prepare(tmp_path / "one", bases[row.base], {"type": "none"}, 4)
+    worker.run(tmp_path / "one")
+    assert_equal(tmp_path / "one", fast / name)
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_equals_ddp_in_16_and_4_bits(name: str, fast: Path) -> None:
+    assert_equal(fast / f"{name}-ddp", fast / name)
+
+
+def test_resumed_to_the_bit(fast: Path) -> None:
+    assert (fast / "again" / "adapter_model.safetensors").read_bytes() == (
+        fast / "whole" / "adapter_model.safetensors"
+    ).read_bytes()
+    for file in ("trainable.safetensors", "optimizer.safetensors"):
+        path = Path("checkpoint-4") / file
+        assert (fast / "again" / path).read_bytes() == (fast / "whole" / path).read_bytes(), file
+    ended, straight = (
+        json.loads((fast / name / "checkpoint-4/trainer.json").read_text()) for name in ("again", "whole")
+    )
+    for content in (ended, straight):
+        del content["progress"]["seconds"]
+    assert ended == straight
+
+
+@pytest.mark.parametrize("name", ["to-ddp", "from-ddp"])
+def test_a_checkpoint_is_continued_under_the_other_strategy(name: str, fast: Path) -> None:
+    assert_equal(fast / "whole", fast / name)
+
+
+@pytest.mark.slow
+def test_every_kind_of_method_equals_one_process(bases: dict[str, Path], tmp_path: Path) -> None:
+    run_in_two(tmp_path, prepare_rows(tmp_path, SLOW, bases))
+    for name, row in SLOW.items():
+        row.prepare(tmp_path / f"{name}-one", bases[row.base], {"type": "none"}, 4)
+        worker.run(tmp_path / f"{name}-one")
+        assert_equal(tmp_path / f"{name}-one", tmp_path / name)
+
+
+def test_one_process_without_a_launcher_is_refused() -> None:
+    with pytest.raises(RunError, match="nothing to shard over"):
+        FullyShardedDataParallel(settings())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_rank_that_dies_ends_the_run(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Killed from outside, so that it can say nothing: the other one must not wait for it."""
+    run = tmp_path / "run"
+    prepare_run(run, bases["float32"], LORA, launcher=FSDP, max_steps=1_000_000, save_strategy="no", eval_strategy="no")
+    script = (
+        "import os, sys, pathlib\n"
+        "from peftcli.errors import RunError\n"
+        "from peftcli.launchers import command\n"
+        "from peftcli.launchers.run import run\n"
+        "from peftcli.recipe.load import load_recipe\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "launcher = load_recipe(folder / 'recipe.yaml', check_paths=False).launcher\n"
+        "try:\n    run(command.command(launcher, [str(folder)], base=os.environ), folder, quiet=True)\n"
+        "except RunError as error:\n    sys.exit(str(error))\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = psutil.Popen([sys.executable, "-c", script, str(run)], env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not (run / "log.jsonl").exists() or len((run / "log.jsonl").read_bytes()) < 500:
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    ranks = {rank_of(process): process for process in started.children(recursive=True) if rank_of(process)}
+    ranks["1"].kill()
+    _, said = started.communicate(timeout=100)
+    assert started.returncode == 1 and "failed" in said
+    assert not ranks["0"].is_running() or ranks["0"].status() == psutil.STATUS_ZOMBIE
+
+
+def rank_of(process: psutil.Process) -> str | None:
+    """The rank of a worker's process."""
+    try:
+        return process.environ().get("RANK")
+    except psutil.Error:
+        return None
