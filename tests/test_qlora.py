@@ -14,6 +14,9 @@ from data.families import family
 from test_end_to_end import ANSWERS, peft
 from training.tiny import tiny_llama
 
+from peftcli.recipe.load import load_recipe
+from peftcli.training.footprint import BatchShape, footprint
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = ["quickstart-qlora", "qlora-llama"]
 
@@ -55,7 +58,7 @@ def result_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "result.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["quickstart-qlora", "qlora-llama"])
+@pytest.mark.parametrize("name", ["quickstart-qlora", "qlora-llama", "qlora-70b-fsdp"])
 def test_checked(place: Path, name: str) -> None:
     assert "a valid recipe" in peft("train", RECIPES / f"{name}.yaml", "--check", cwd=place).stdout
 
@@ -79,3 +82,17 @@ def test_quickstart_is_trained_and_evaluated(place: Path) -> None:
     peft("eval", name, "--metrics", "loss", "--output", "results.json", cwd=place)
     metrics = json.loads((place / "results.json").read_text(encoding="utf-8"))["metrics"]
     assert metrics[0]["tuned"] == pytest.approx(loss, rel=1e-2), "the base is quantised as it was in training"
+
+
+def test_the_sharded_one_is_planned_and_trained(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "qlora-70b-fsdp"
+    monkeypatch.chdir(place)
+    recipe = load_recipe(RECIPES / f"{name}.yaml", overrides=("model.name_or_path=base",), check_paths=False)
+    alone, shared = (
+        footprint(recipe, BatchShape(1, 16, 8), device=torch.device("cpu"), sharded_over=count) for count in (1, 2)
+    )
+    assert shared.base == pytest.approx(alone.base / 2, abs=1)
+    assert shared.gathered > 0 == alone.gathered and shared.adapter == alone.adapter
+    assert shared.peak - alone.peak == shared.base + shared.gathered - alone.base
+    assert "2 processes share the base (FSDP2)" in peft(*arguments(name), cwd=place).stdout
+    assert result_of(place / name)["difference"] == 0

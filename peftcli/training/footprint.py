@@ -29,6 +29,7 @@ from peftcli.training.model import open_base
 from peftcli.training.optimizers import build_optimizer
 from peftcli.training.outline import adapted
 from peftcli.training.quantized import quantized_bytes
+from peftcli.training.strategies.fsdp import find_layers
 
 OPTIMIZER_BYTES = {"adamw_8bit": 2, "paged_adamw_8bit": 2, "paged_adamw_32bit": 8}
 """Bytes of state a parameter, for optimizers whose kernels can't run without data."""
@@ -57,7 +58,8 @@ class Footprint:
     """Bytes a training step needs on one device.
 
     Attributes:
-        base: weights and buffers of the base.
+        base: weights and buffers of the base; this process's part where it is sharded.
+        gathered: of a sharded base, what is whole at one moment.
         adapter: tensors of the adapter, trained or not.
         gradients: of what is trained.
         optimizer: its state.
@@ -75,6 +77,7 @@ class Footprint:
     logits: int
     peak: int
     forward: int
+    gathered: int = 0
 
 
 class LiveBytes(TorchDispatchMode):
@@ -129,7 +132,12 @@ def _key(tensor: Tensor) -> int:
 
 
 def footprint(
-    recipe: Recipe, train: BatchShape, evaluation: BatchShape | None = None, *, device: torch.device
+    recipe: Recipe,
+    train: BatchShape,
+    evaluation: BatchShape | None = None,
+    *,
+    device: torch.device,
+    sharded_over: int = 1,
 ) -> Footprint:
     """Run a step of the recipe's training, and of its evaluation, without data.
 
@@ -138,6 +146,7 @@ def footprint(
         train: the heaviest training batch.
         evaluation: the heaviest evaluation batch.
         device: where the run will be.
+        sharded_over: processes that share the base (FSDP); the method `full` shares gradients and moments, too.
 
     Raises:
         InputError: the base can't be used, or the adapter does not fit it.
@@ -148,6 +157,7 @@ def footprint(
         base_bytes = _bytes([*base.parameters(), *base.buffers()])
         # The base here is whole; codes and scales are counted instead, and one weight expanded at a time.
         saved, expanded = quantized_bytes(recipe.quantization, base) if recipe.quantization else (0, 0)
+        at_once = _gathered(base, saved) if sharded_over > 1 else 0
         model = _trained(base, recipe)
     with FakeTensorMode(), torch.device(device):
         _make_fake(model)
@@ -177,9 +187,13 @@ def footprint(
                 _loss(model.eval(), evaluation, recipe.training)
             peak = max(peak, state + watch.peak)
             activations, logits = max(activations, watch.peak_others), max(logits, watch.peak_logits)
-    base_bytes -= saved
-    peak += base_bytes + adapter + expanded
-    return Footprint(base_bytes, adapter, gradients, state, activations, logits, peak, forward)
+    base_bytes = -(-(base_bytes - saved) // sharded_over)
+    if sharded_over > 1 and recipe.adapter.config is None:
+        peak -= gradients + state
+        gradients, state = -(-gradients // sharded_over), -(-state // sharded_over)
+        peak += gradients + state + at_once  # a layer's gradients are whole until they are reduced
+    peak += base_bytes + at_once + adapter + expanded
+    return Footprint(base_bytes, adapter, gradients, state, activations, logits, peak, forward, at_once)
 
 
 def _trained(base: nn.Module, recipe: Recipe) -> nn.Module:
@@ -187,6 +201,17 @@ def _trained(base: nn.Module, recipe: Recipe) -> nn.Module:
     config = recipe.adapter.config
     model = base.requires_grad_() if config is None else adapted(base, config, recipe.model.task_type)
     return model.train()
+
+
+def _gathered(base: nn.Module, saved: int) -> int:
+    """Bytes of a sharded base that are whole at once: what is in no layer, and two layers, one used and one on its way.
+
+    Args:
+        saved: bytes that the layers take less because they are quantised.
+    """
+    layers = [_bytes(layer.parameters()) for layer in find_layers(base, None)]
+    total = _bytes(base.parameters())
+    return total - sum(layers) + int(2 * max(layers) * (1 - saved / sum(layers)))
 
 
 def _make_fake(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ Where each number comes from:
 | part | from |
 |---|---|
 | base, adapter | shapes and types of the model's tensors, tied ones once |
+| gathered | of a base sharded by FSDP: what is in no layer, and two layers |
 | gradients, optimizer | a step of the real optimizer on tensors without data (`footprint.py`) |
 | activations, logits | the forward and backward pass over the heaviest batch on tensors without data |
 | libraries | resident size of a process that has imported what training needs; on the CPU only, measured |
@@ -77,6 +78,7 @@ class MemoryPlan:
         parts = self.parts
         named = {
             "base": parts.base,
+            "gathered": parts.gathered,
             "adapter": parts.adapter,
             "gradients": parts.gradients,
             "optimizer": parts.optimizer,
@@ -105,7 +107,7 @@ def plan_memory(
         recipe: the run.
         train: its training data.
         evaluation: its evaluation data.
-        processes: on this machine; each holds the whole model.
+        processes: on this machine; each holds the whole model, unless FSDP shards it.
         device: of one of them; `training_device()` when None.
 
     Raises:
@@ -117,7 +119,8 @@ def plan_memory(
     held_out = heaviest_batch(evaluation, settings.per_device_eval_batch_size) if evaluation is not None else None
     try:
         with _quiet_fake_tensors():
-            parts = footprint(recipe, batch, held_out, device=device)
+            sharded_over = processes if recipe.launcher.type == "fsdp" else 1
+            parts = footprint(recipe, batch, held_out, device=device, sharded_over=sharded_over)
     except PeftCliError:
         raise
     except Exception:  # a run may do without its plan, and a model without data may stumble anywhere
