@@ -49,7 +49,7 @@ def completed(values: dict[str, Any], recipe: Recipe, processes: int, *, place: 
         *_contradictions(values, decided, place),
         *_contradictions(section, checkpointing, place),
         *_impossible(section, place),
-        *_not_shardable(recipe),
+        *_not_shardable(recipe, processes),
     ]
     if problems:
         raise problems[0] if len(problems) == 1 else InputErrors(problems)
@@ -99,8 +99,17 @@ def _layers(value: Any, place: Path) -> list[str] | None:
     return [name.strip() for name in names]
 
 
-def _not_shardable(recipe: Recipe) -> Iterator[InputError]:
-    """Quantised weights that have to be of a floating type, that of the computation, to be sharded and gathered."""
+def _not_shardable(recipe: Recipe, processes: int) -> Iterator[InputError]:
+    """What can't be shared out: among one process, by an optimizer that knows no shards, or as the base is quantised."""
+    if processes < 2:
+        yield InputError("FSDP shards a base over two processes or more", field="launcher.num_processes")
+    optimizer = recipe.training.optim
+    if recipe.adapter.config is None and not optimizer.startswith("adamw_torch") and optimizer != "sgd":
+        yield InputError(
+            f"{optimizer} can't train sharded weights",
+            field="training.optim",
+            allowed="adamw_torch, adamw_torch_fused, sgd",
+        )
     section = recipe.quantization
     if section is None:
         return

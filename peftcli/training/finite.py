@@ -9,6 +9,7 @@ import torch  # noqa: TID253
 from accelerate.utils import gather_object  # noqa: TID253
 from torch import Tensor  # noqa: TID253
 
+from peftcli.adapters.quantized import is_quantized
 from peftcli.errors import RunError
 
 if TYPE_CHECKING:
@@ -33,8 +34,9 @@ def not_finite(trainer: Trainer, window: Window, losses: list[Tensor]) -> RunErr
         if not math.isfinite(float(loss))
     ]
     weights, gradients = [], []
+    packed = {module.weight for module in trainer.model.modules() if is_quantized(module)}  # codes, whatever their type
     for name, parameter in trainer.model.named_parameters():
-        if not _all_finite(parameter):
+        if parameter not in packed and not _all_finite(parameter):
             weights.append(f"{name} holds values that are not finite")
         elif parameter.grad is not None and not _all_finite(parameter.grad):
             gradients.append(f"the gradient of {name} is not finite")

@@ -32,6 +32,9 @@ FLASH = "flash_attention_2"
 PROOF_ROWS, PROOF_TOKENS = 3, 24
 """How much of the first batch the proof is made on."""
 
+KEYS = {"input_ids", "attention_mask", "labels"}
+"""What a batch holds that can be laid end to end."""
+
 Batch = dict[str, Tensor]
 
 
@@ -106,7 +109,7 @@ class Unpadded:
 
     def fits(self, batch: Batch) -> bool:
         """Whether a batch can be laid end to end: ids and masks only, padded on the right, within the window."""
-        if batch.keys() != {"input_ids", "attention_mask", "labels"}:
+        if batch.keys() != KEYS:
             return False
         longest = batch["input_ids"].shape[1]
         return all(longest <= window for window in _windows(self.config))
@@ -149,9 +152,12 @@ class Unpadded:
         kinds = set(getattr(_text(self.config), "layer_types", None) or ())
         if self._implementation() not in ("sdpa", "eager", FLASH) or kinds - ATTENTION:
             return False
-        if _needs_rows(self.model) or not self.fits(batch):
+        if _needs_rows(self.model) or batch.keys() != KEYS:
             return False
         few = _few(batch)
+        # Judged by the few tokens: processes that share a base must run the model equally often, whatever their batches.
+        if not self.fits(few):
+            return False
         real = few["attention_mask"].bool()
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()  # dropout would draw other numbers

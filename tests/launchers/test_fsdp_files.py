@@ -81,3 +81,15 @@ def test_what_does_not_fit_is_refused(text: str, message: str, tmp_path: Path) -
 def test_quantised_weights_that_can_not_be_sharded(quantization: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         configs.resolve(recipe(None, quantization), 2)
+
+
+def test_one_process_has_nothing_to_share() -> None:
+    with pytest.raises(InputError, match="two processes or more"):
+        configs.resolve(recipe(), 1)
+
+
+def test_an_optimizer_that_knows_no_shards() -> None:
+    values = recipe(optim="adafactor").model_dump(mode="json")
+    assert configs.resolve(Recipe.model_validate(values), 2)  # an adapter is whole
+    with pytest.raises(InputError, match="adafactor can't train sharded weights"):
+        configs.resolve(Recipe.model_validate({**values, "adapter": {"method": "full"}}), 2)
