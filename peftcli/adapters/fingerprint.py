@@ -2,8 +2,8 @@
 
     config      numbers of the base's config that decide what its weights mean, and its model type
     modules     sha256 over path and size of every linear and norm-like module of the body, for one version of transformers
-    embeddings  sha256 over the first rows of the input embedding, rounded to bfloat16: the same in every precision a base
-                is loaded in and after tokens were added, different for another training of the same architecture
+    embeddings  sha256 over the first rows of the input embedding, rounded to bfloat16: the same in float32, in bfloat16
+                and after tokens were added, different for another training of the same architecture
 
 PEFT, vLLM and llama.cpp read the files they know by name, so this one is no burden to them.
 """
@@ -121,8 +121,8 @@ def _embeddings(model: Any) -> str | None:
     except NotImplementedError:
         return None
     here = isinstance(weight, torch.Tensor) and not weight.is_meta and not hasattr(weight, "full_tensor")
-    if not here or weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
-        return None
+    if not here or weight.dim() != 2 or not weight.numel() or weight.dtype not in (torch.float32, torch.bfloat16):
+        return None  # float16 has lost small values and rounds twice on the way to bfloat16
     return embeddings_digest(weight)
 
 

@@ -28,7 +28,7 @@ def adapter(tmp_path: Path) -> Path:
 def test_the_same_base_is_taken_however_it_is_loaded(adapter: Path) -> None:
     grown = tiny_llama()
     grown.resize_token_embeddings(101)
-    for base in (tiny_llama(), tiny_llama().to(torch.bfloat16), grown):
+    for base in (tiny_llama(), tiny_llama().to(torch.bfloat16), tiny_llama().to(torch.float16), grown):
         PeftModel.from_pretrained(base, adapter)
     model = PeftModel.from_pretrained(tiny_llama(), adapter)
     model.load_adapter(adapter, "second")  # the first adapter is no part of the base
