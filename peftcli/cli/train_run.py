@@ -14,6 +14,7 @@ from peftcli.cli import console, run_folder, train_screens
 from peftcli.errors import InputError
 from peftcli.launchers import command as launcher_command
 from peftcli.launchers import configs as launcher_configs
+from peftcli.launchers.deepspeed import check_installed
 from peftcli.launchers.run import run as run_processes
 from peftcli.launchers.run import worker_arguments
 from peftcli.recipe.load import dump_recipe
@@ -135,6 +136,8 @@ def _set_up(request: Request, data_folder: Path) -> Setup:
     recipe = request.recipe
     processes = launcher_command.processes(recipe.launcher)
     launcher = launcher_configs.resolve(recipe, processes)
+    if recipe.launcher.type == "deepspeed":
+        check_installed()
     require_trackers(recipe.training.report_to)
     check_optimizer(recipe.training)
     check_quantization(recipe.quantization, open_base(recipe.model).facts)

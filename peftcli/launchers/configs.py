@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.errors import InputError
+from peftcli.files import read_strict_json
 
 if TYPE_CHECKING:
     from peftcli.recipe.schema import Recipe
@@ -66,6 +67,10 @@ def resolve(recipe: Recipe, processes: int) -> dict[str, Any]:
     if launcher.type not in DEFAULTS:
         return {}
     path = find(launcher.type, launcher.config or DEFAULTS[launcher.type])
+    if launcher.type == "deepspeed":
+        from peftcli.launchers import deepspeed
+
+        return deepspeed.completed(read_strict_json(path), recipe, processes, place=path)
     from peftcli.launchers import fsdp
 
     return fsdp.completed(_read_yaml(path), recipe, processes, place=path)

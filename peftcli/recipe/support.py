@@ -13,7 +13,7 @@ from peftcli.recipe.nodes import Location
 if TYPE_CHECKING:
     from peftcli.recipe.schema import Recipe
 
-LAUNCHERS = ("auto", "none", "accelerate", "fsdp")
+LAUNCHERS = ("auto", "none", "accelerate", "deepspeed", "fsdp")
 
 
 def unsupported(recipe: Recipe) -> Iterator[tuple[Location, str]]:

@@ -136,12 +136,6 @@ def test_refused(case: str, write: Write) -> None:
     assert "pydantic" not in message and "hf_abc" not in message
 
 
-def test_not_supported_yet_is_said(write: Write) -> None:
-    message = refusal(write(add="launcher: {type: deepspeed}\n"))
-    assert "recipe.yaml:11:18: launcher.type: " in message
-    assert message.count("not supported yet; today: ") == 1
-
-
 @pytest.mark.parametrize(
     ("changes", "add", "message"),
     [

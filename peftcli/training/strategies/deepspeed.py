@@ -1,0 +1,200 @@
+"""ZeRO by DeepSpeed's own engine: optimizer state (1) and gradients (2) spread over the processes.
+
+The optimizer is torch's, over DeepSpeed's flat float32 partitions; base and adapter keep the types they have elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch  # noqa: TID253
+from safetensors.torch import load_file
+from torch import Tensor, nn  # noqa: TID253
+
+from peftcli.errors import InputError, RunError
+from peftcli.launchers.deepspeed import stage
+from peftcli.training import state
+from peftcli.training.strategies.plain import MakeOptimizer, Strategy
+
+if TYPE_CHECKING:
+    from peftcli.recipe.training_section import TrainingSection
+
+
+class DeepSpeed(Strategy):
+    """ZeRO-1 and 2."""
+
+    engine: Any
+
+    def __init__(
+        self, settings: TrainingSection, config: Mapping[str, Any] | None = None, *, project_dir: Path | None = None
+    ) -> None:
+        super().__init__(settings, config, project_dir=project_dir)
+        self.stage = stage(dict(self.config))
+        on_cpu = self.accelerator.device.type == "cpu"
+        if on_cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says that it found nothing better
+        with quietly():
+            import deepspeed
+            import deepspeed.comm
+
+            deepspeed.init_distributed("gloo" if on_cpu else None, verbose=False)
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+
+    def describe(self) -> str:
+        count = self.accelerator.num_processes
+        found = self.engine.zero_optimization_stage()
+        if found != self.stage or self.engine.dp_world_size != count:
+            raise RunError(
+                f"the recipe asks for ZeRO-{self.stage} over {count} processes, but DeepSpeed runs ZeRO-{found} over "
+                f"{self.engine.dp_world_size}"
+            )
+        held, whole = sum(flat.numel() for flat in self._flat()), sum(p.numel() for p in self._trained())
+        if count > 1 and held >= whole:
+            raise RunError(f"ZeRO-{found} shards nothing: each process optimizes all {whole:,} numbers")
+        parts = {1: "optimizer state", 2: "optimizer state and gradients"}
+        return f"{count} processes, {parts[found]} sharded (DeepSpeed ZeRO-{found})"
+
+    # -- the model ----------------------------------------------------------------------------------------------------
+
+    def prepare(
+        self, model: nn.Module, loss: nn.Module, make_optimizer: MakeOptimizer, *, keep_gradients: bool = False
+    ) -> None:
+        import deepspeed
+
+        self.model, self._keep_gradients = model, keep_gradients
+        kinds = {str(p.dtype).removeprefix("torch.") for p in self._trained()}
+        if len(kinds) > 1:
+            raise InputError(
+                f"what is trained has several types ({', '.join(sorted(kinds))}), and ZeRO flattens it into one",
+                field="launcher.type",
+                fix="set model.dtype to float32, or use launcher.type accelerate or fsdp",
+            )
+        self.optimizer = make_optimizer()
+        self.names = state.parameter_names(model, self.optimizer)
+        self._groups = [list(group["params"]) for group in self.optimizer.param_groups]
+        with quietly():
+            self.engine, *_ = deepspeed.initialize(model=loss, optimizer=self.optimizer, config=dict(self.config))
+        self.loss = self.scoring = self.engine
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def batch(self, *, last: bool) -> AbstractContextManager[None]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def gradient_norm(self) -> Tensor:
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        zero = self.engine.optimizer
+        norm = zero.scaled_global_norm() if self.stage < 3 else combine_grad_norm_groups(zero._get_norm_groups())
+        norm = torch.as_tensor(norm)
+        return norm if norm >= 0 else torch.full_like(norm, torch.nan)  # DeepSpeed's sign of one that is not finite
+
+    def step(self, norm: Tensor, max_norm: float) -> None:
+        if self._keep_gradients:
+            from deepspeed.utils import safe_get_full_grad
+
+            factor = min(1.0, max_norm / (float(norm) + 1e-6)) if max_norm else 1.0
+            self._gradients = {p: safe_get_full_grad(p) * factor for p in self._trained()}
+        self.engine.step()  # clips as its config says, which is the recipe's value
+
+    def zero_grad(self) -> None:
+        self._gradients = {}  # the engine's own are gone with its step
+
+    # -- reading and writing what is trained --------------------------------------------------------------------------
+
+    @contextmanager
+    def whole(self, *, gradients: bool = False, write: bool = False) -> Iterator[None]:
+        trained = self._trained()
+        with self._gathered(trained, write):
+            for parameter, gradient in self._gradients.items() if gradients else ():
+                parameter.grad = gradient.to(parameter.dtype)
+            yield
+            for parameter in self._gradients if gradients else ():
+                parameter.grad = None
+
+    @contextmanager
+    def _gathered(self, parameters: list[nn.Parameter], write: bool) -> Iterator[None]:
+        """While open, parameters are whole; with `write` the optimizer's copies follow them at the end."""
+        yield
+        if write:
+            for parameter in parameters:
+                self._set(parameter, parameter.data)
+
+    def _set(self, parameter: nn.Parameter, value: Tensor, field: str | None = None) -> None:
+        """Give this process's part of a whole value to the optimizer: its copy of the parameter, or a field of its state."""
+        parameter.set_full_hp_param(value.to(torch.float32), field)  # type: ignore[attr-defined]  # DeepSpeed puts it there
+
+    def _flat(self) -> list[nn.Parameter]:
+        """What the optimizer updates, one for each of its groups."""
+        return self.engine.optimizer.single_partition_of_fp32_groups
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        tensors: dict[str, Tensor] = {}
+        names = iter(self.names)
+        for parameters, flat in zip(self._groups, self._flat(), strict=True):
+            fields = self.optimizer.state.get(flat, {})
+            for parameter in parameters:
+                name = next(names)
+                for field, value in fields.items():
+                    sharded = value.shape == flat.shape
+                    full = safe_get_full_optimizer_state(parameter, field) if sharded else value.clone()
+                    tensors[f"{name}/{field}"] = full
+        numbers = iter(range(len(self.names)))
+        groups = [
+            {**group, "params": [next(numbers) for _ in parameters]}
+            for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True)
+        ]
+        return tensors, {"groups": groups, "values": {}}
+
+    def load_optimizer_state(self, folder: Path, plain: dict[str, Any]) -> None:
+        stored = load_file(folder / state.OPTIMIZER)
+        for group, values in zip(self.optimizer.param_groups, plain["groups"], strict=True):
+            group.update({k: tuple(v) if k == "betas" else v for k, v in values.items() if k != "params"})
+        names = iter(self.names)
+        for parameters, flat in zip(self._groups, self._flat(), strict=True):
+            own = {parameter: next(names) for parameter in parameters}
+            fields: dict[str, Tensor] = {}
+            for key, value in stored.items():
+                name, _, field = key.rpartition("/")
+                if name in own.values():
+                    fields.setdefault(field, value.clone() if value.dim() == 0 else torch.zeros_like(flat.data))
+            if not fields:
+                continue
+            self.optimizer.state[flat].update(fields)
+            self._link_state()
+            for parameter, name in own.items():
+                for field, value in fields.items():
+                    if value.shape == flat.shape and (full := stored.get(f"{name}/{field}")) is not None:
+                        self._set(parameter, full.to(flat.device), field)
+
+    def _link_state(self) -> None:
+        """Let DeepSpeed find the optimizer's state that was put there."""
+        zero = self.engine.optimizer
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+    def finish(self) -> None:
+        self.engine.destroy()
+        del self.engine, self._groups
+        super().finish()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """What DeepSpeed logs and warns of at its start is about itself."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
