@@ -73,6 +73,9 @@ def command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what an earlier run left in the run folder.")
     ] = False,
+    no_audit: Annotated[
+        bool, typer.Option("--no-audit", help="Train even on data that the audit would refuse.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write the result as one JSON value to stdout.")] = False,
     sweep: Annotated[
         list[str] | None,
@@ -107,7 +110,9 @@ def command(
             raise InputError(f"--sweep does not go with {'--resume' if resume else '--print-config'}", fix=SWEEP_ADVICE)
         from peftcli.cli import train_sweep
 
-        asked = train_sweep.Request(recipe, changes, sweep, extra, overwrite=overwrite, as_json=as_json)
+        asked = train_sweep.Request(
+            recipe, changes, sweep, extra, overwrite=overwrite, audit=not no_audit, as_json=as_json
+        )
         if check or dry_run:
             (train_sweep.check if check else train_sweep.rehearse)(asked)
             return 0
@@ -124,7 +129,9 @@ def command(
     else:
         from peftcli.cli import train_run
 
-        request = train_run.Request(loaded, str(recipe), overrides or [], extra, overwrite=overwrite, as_json=as_json)
+        request = train_run.Request(
+            loaded, str(recipe), overrides or [], extra, overwrite=overwrite, audit=not no_audit, as_json=as_json
+        )
         (train_run.rehearse if dry_run else train_run.run)(request)
     return 0
 

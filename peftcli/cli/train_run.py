@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from peftcli.cli import console, run_folder, train_screens
+from peftcli.data.audit import require_sound
 from peftcli.errors import InputError
 from peftcli.launchers import command as launcher_command
 from peftcli.launchers import configs as launcher_configs
@@ -38,6 +39,7 @@ class Request:
         overrides: as typed.
         launcher_arguments: what stood after `--`.
         overwrite: replace an earlier run.
+        audit: refuse data that the audit finds fault with.
         as_json: only JSON on stdout.
     """
 
@@ -46,6 +48,7 @@ class Request:
     overrides: Sequence[str] = ()
     launcher_arguments: Sequence[str] = ()
     overwrite: bool = False
+    audit: bool = True
     as_json: bool = False
 
 
@@ -85,9 +88,11 @@ def rehearse(request: Request) -> None:
                     "memory": asdict(setup.memory) if setup.memory else None,
                 }
             )
+            _require_sound(setup)
             return
         train_screens.show(setup)
         train_screens.show_sample(setup)
+        _require_sound(setup)
 
 
 def run(request: Request) -> None:
@@ -105,16 +110,27 @@ def run(request: Request) -> None:
     run_folder.require_usable(folder, overwrite=request.overwrite, resume=resume is not None)
     with run_folder.prepared(folder) as made:
         setup = _set_up(request, made / run_folder.DATA)
+        if not request.as_json:
+            train_screens.show(setup)
+        _require_sound(setup)
         launcher_configs.write(made / run_folder.DATA, setup.launcher)
         text = dump_recipe(_to_store(setup.request.recipe))
         with run_folder.installed(made, folder, text, overwrite=resume is None):
-            if not request.as_json:
-                train_screens.show(setup)
             result = _in_this_process(request, folder, resume) if in_process else _launched(request, folder, resume)
     if request.as_json:
         console.say_json(asdict(result))
     else:
         train_screens.show_result(request.file, result)
+
+
+def _require_sound(setup: Setup) -> None:
+    """The gate between the data and the first process; it comes behind the screen, which tells more.
+
+    Raises:
+        InputError: a fact of the audit is not as it should be.
+    """
+    if setup.request.audit:
+        require_sound(setup.prepared.report)
 
 
 def _to_store(recipe: Recipe) -> Recipe:

@@ -27,7 +27,7 @@ def show(setup: Setup) -> None:
     console.facts(request.file, [("override", text) for text in request.overrides])
     console.facts("model", _model(setup))
     console.facts("data", _data(report))
-    console.facts("audit", [(("ok  " if fact.ok else "LOOK"), f"{fact.name}: {fact.seen}") for fact in report.audit])
+    console.facts("audit", [("ok  " if fact.ok else "LOOK", f"{fact.name}: {fact.seen}") for fact in report.audit])
     for warning in report.warnings:
         console.say(f"  note  {warning}", style="yellow")
     console.facts("plan", _plan(setup))
@@ -97,6 +97,7 @@ def _data(report: DataReport) -> Iterator[tuple[str, str]]:
     if report.labels:
         shown = ", ".join(printable(name, 40) for name in report.labels[:MAX_CLASSES])
         yield "classes", f"{len(report.labels)}: {shown}" + ", ..." * (len(report.labels) > MAX_CLASSES)
+    yield "lengths", ", ".join(f"to {edge}: {number:,}" for edge, number in report.train.lengths.items())
     for source in report.train.sources:
         template = "chat template" if source.templated else "plain text"
         yield "from", f"{source.path} ({source.format}, {template}, {source.rows:,} rows)"

@@ -27,6 +27,7 @@ class Request:
         axes: what stood behind `--sweep`.
         launcher_arguments: what stood after `--`.
         overwrite: run again what is there.
+        audit: refuse data that the audit finds fault with.
         as_json: only JSON on stdout.
     """
 
@@ -35,6 +36,7 @@ class Request:
     axes: Sequence[str]
     launcher_arguments: Sequence[str] = ()
     overwrite: bool = False
+    audit: bool = True
     as_json: bool = False
 
 
@@ -80,7 +82,7 @@ def run(request: Request) -> int:
                 console.note(f"  {line}")
 
         try:
-            carry_out(one, launcher_arguments=request.launcher_arguments, watch=watch)
+            carry_out(one, launcher_arguments=request.launcher_arguments, audit=request.audit, watch=watch)
         except RunError:
             save(runs, folder)
             raise

@@ -8,10 +8,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from peftcli.data.audit import all_sources, audit
 from peftcli.data.encoder import Encoder
 from peftcli.data.formats import FORMATS, detect, parse_row
 from peftcli.data.part import Part
-from peftcli.data.report import DataReport, PartReport, SourceReport, audit, choose_pad, warnings
+from peftcli.data.report import DataReport, PartReport, SourceReport, choose_pad, warnings
 from peftcli.data.sources import read_source
 from peftcli.data.task_encoders import ENCODERS, TaskEncoder
 from peftcli.data.tokens import TaskSample, TokenDataset, is_learnt
@@ -51,7 +52,7 @@ def prepare(
     vocab_size: int | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Read, check and tokenise everything; write `train.safetensors`, `eval.safetensors` and `report.json`.
+    """Read, check and tokenise everything; write `train.safetensors`, `eval.safetensors` and `audit.json`.
 
     Args:
         data: the recipe's section, paths absolute.
@@ -135,21 +136,18 @@ def _check_ids(dataset: TokenDataset, tokenizer: Any, vocab_size: int | None) ->
 def _report(
     train: Part, held_out: Part | None, encoder: Encoder | TaskEncoder, tokenizer: Any, labels: list[str] | None
 ) -> DataReport:
-    sources = [*train.sources]
-    if held_out and held_out.sources is not train.sources:
-        sources += held_out.sources
     pad_token_id = choose_pad(tokenizer)
-    duplicates = train.duplicates + (held_out.duplicates if held_out else 0)
     known = set(train.digests)
     overlap = sum(digest in known for digest in held_out.digests) if held_out else 0
+    told, told_held_out = PartReport.of(train), PartReport.of(held_out) if held_out else None
     return DataReport(
-        train=PartReport.of(train.dataset, train.duplicates, train.sources),
-        eval=PartReport.of(held_out.dataset, held_out.duplicates, held_out.sources) if held_out else None,
+        train=told,
+        eval=told_held_out,
         overlap=overlap,
         labels=labels,
         pad_token_id=pad_token_id,
-        audit=audit(encoder.notes, tokenizer, pad_token_id, sources),
-        warnings=list(warnings(encoder.notes, sources, duplicates, overlap)),
+        audit=audit(encoder.notes, tokenizer, pad_token_id, told, told_held_out, overlap),
+        warnings=list(warnings(encoder.notes, all_sources(told, told_held_out))),
     )
 
 
@@ -158,7 +156,7 @@ def _write(prepared: Prepared, folder: Path) -> None:
     (folder / "eval.safetensors").unlink(missing_ok=True)  # of an earlier run that this one overwrites
     if prepared.eval is not None:
         prepared.eval.save(folder / "eval.safetensors")
-    prepared.report.save(folder / "report.json")
+    prepared.report.save(folder / "audit.json")
 
 
 class _Reader:
@@ -252,9 +250,11 @@ class _Reader:
             return []
         if overflow == "drop":
             report.too_long += 1
+            report.note_loss(sample, [], split=False)
             return []
         report.truncated += 1
         pieces = self._encoder.pieces(sample, longest, split=overflow == "split")
         kept = [piece for piece in pieces if is_learnt(piece)]
         report.unlabelled += max(len(pieces), 1) - len(kept)
+        report.note_loss(sample, kept, split=overflow == "split")
         return kept

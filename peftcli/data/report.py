@@ -1,9 +1,9 @@
-"""What is told of prepared data: counts, an audit of the facts that decide whether a model learns to stop, warnings."""
+"""What is told of prepared data: counts, the audit, warnings."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,10 @@ from peftcli.errors import printable
 from peftcli.lazy import numpy as np
 
 if TYPE_CHECKING:
+    from peftcli.data.audit import Fact
     from peftcli.data.encoder import Notes
-    from peftcli.data.tokens import TokenDataset
+    from peftcli.data.part import Part
+    from peftcli.data.tokens import Sample
 
 
 @dataclass
@@ -31,6 +33,9 @@ class SourceReport:
         too_long: samples left out by `overflow: drop`.
         truncated: samples cut by `overflow: truncate` or `split`.
         unlabelled: samples (parts of samples) left out as no learnt token was left after cutting.
+        lost_tokens: what was cut off, or left out for its length.
+        lost_supervised_tokens: those of them that would have been learnt.
+        lost_answers: samples that were left out, or lost learnt tokens: cutting takes the end of turn first.
     """
 
     path: str
@@ -43,6 +48,16 @@ class SourceReport:
     too_long: int = 0
     truncated: int = 0
     unlabelled: int = 0
+    lost_tokens: int = 0
+    lost_supervised_tokens: int = 0
+    lost_answers: int = 0
+
+    def note_loss(self, sample: Sample, kept: Sequence[Sample], split: bool) -> None:
+        """Count what `sample` lost by becoming the pieces `kept`; in one that was split, no answer lacks its end."""
+        learnt = max(int(sample[1].sum()) - sum(int(piece[1].sum()) for piece in kept), 0)
+        self.lost_tokens += max(len(sample[0]) - sum(len(piece[0]) for piece in kept), 0)  # pieces may share tokens
+        self.lost_supervised_tokens += learnt
+        self.lost_answers += not kept or (learnt > 0 and not split)
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,7 @@ class PartReport:
         supervised_tokens: those the loss is on.
         longest: tokens of the longest sample.
         lengths: samples by length: `{"64": 10}` are ten samples of 33 to 64 tokens.
+        rows: different rows and repeated ones, those of which no sample was kept left out.
         duplicates: rows that are the same, token by token, as an earlier one.
         sources: where they came from; those of a held-out part are the training data's.
     """
@@ -64,11 +80,13 @@ class PartReport:
     supervised_tokens: int
     longest: int
     lengths: dict[str, int]
+    rows: int
     duplicates: int
     sources: list[SourceReport]
 
     @classmethod
-    def of(cls, dataset: TokenDataset, duplicates: int, sources: list[SourceReport]) -> PartReport:
+    def of(cls, part: Part) -> PartReport:
+        dataset = part.dataset
         lengths = dataset.lengths
         edges, counts = np.unique(2 ** np.ceil(np.log2(lengths)).astype(np.int64), return_counts=True)
         return cls(
@@ -77,31 +95,22 @@ class PartReport:
             supervised_tokens=int(dataset.supervised.sum()),
             longest=int(lengths.max()),
             lengths={str(edge): int(count) for edge, count in zip(edges, counts, strict=True)},
-            duplicates=duplicates,
-            sources=sources,
+            rows=len(part.digests),
+            duplicates=part.duplicates,
+            sources=part.sources,
         )
 
 
 @dataclass(frozen=True)
-class Fact:
-    """One line of the audit: what was looked at, whether it is as it should be, and what was seen."""
-
-    name: str
-    ok: bool
-    seen: str
-
-
-@dataclass(frozen=True)
 class DataReport:
-    """All that is known about prepared data; `report.json` in the run folder.
+    """All that is known about prepared data; `data/audit.json` in the run folder.
 
     Args:
         train, eval: counts.
         overlap: evaluation rows that are also training rows, token by token.
         pad_token_id: what short samples of a batch are filled with.
-        audit: facts about BOS, end of turn, pad and template.
-        warnings: sentences a user should read before training.
-        labels: the classes in their order, where the task has classes.
+        audit: facts a run is refused for, or could have been.
+        warnings: sentences a user should read before training, beyond the audit's.
     """
 
     train: PartReport
@@ -121,45 +130,7 @@ def choose_pad(tokenizer: Any) -> int:
     return next(index for index in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if index is not None)
 
 
-def audit(notes: Notes, tokenizer: Any, pad_token_id: int, sources: list[SourceReport]) -> list[Fact]:
-    """The facts that decide whether a model trains on what it sees later, and learns to stop."""
-    return [_bos(notes, tokenizer), _end_of_turn(notes), _pad(tokenizer, pad_token_id), _template(sources)]
-
-
-def _bos(notes: Notes, tokenizer: Any) -> Fact:
-    bos, none, one = tokenizer.bos_token, notes.beginnings[0], notes.beginnings[1]
-    several = sum(count for leading, count in notes.beginnings.items() if leading > 1)
-    if several:
-        return Fact("one BOS", False, f"samples that begin with {bos} twice: {several}")
-    if not one:
-        return Fact("one BOS", True, "no sample begins with one, as the tokenizer and its template write none")
-    without = f", without: {none}" if none else ""
-    return Fact("one BOS", not none, f"samples that begin with {bos}: {one}{without}")
-
-
-def _end_of_turn(notes: Notes) -> Fact:
-    ends = ", ".join(f"{token} ({count})" for token, count in notes.terminators.most_common() if token)
-    without = notes.terminators[None]
-    if without:
-        return Fact("end of turn is learnt", False, f"answers that end without a control token to stop at: {without}")
-    return Fact("end of turn is learnt", True, f"answers end with {ends}" if ends else "every token is learnt")
-
-
-def _pad(tokenizer: Any, pad_token_id: int) -> Fact:
-    token = tokenizer.convert_ids_to_tokens(pad_token_id)
-    if tokenizer.pad_token_id is None:
-        return Fact("pad", True, f"the tokenizer has none: {token} fills up, its labels stay")
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        return Fact("pad", True, f"{token}, also the end of sequence: told apart by position, its labels stay")
-    return Fact("pad", True, f"{token}, not an end of sequence")
-
-
-def _template(sources: list[SourceReport]) -> Fact:
-    seen = {"the tokenizer's own" if source.templated else "none: plain text" for source in sources}
-    return Fact("chat template", True, " and ".join(sorted(seen, reverse=True)))
-
-
-def warnings(notes: Notes, sources: list[SourceReport], duplicates: int, overlap: int) -> Iterator[str]:
+def warnings(notes: Notes, sources: list[SourceReport]) -> Iterator[str]:
     """Sentences a user should read before training."""
 
     for source in sources:
@@ -186,7 +157,3 @@ def warnings(notes: Notes, sources: list[SourceReport], duplicates: int, overlap
     ):
         if count := getattr(notes, kind):
             yield f"{what}: {count} (first: {notes.first[kind]})"
-    if duplicates:
-        yield f"duplicate rows: {duplicates}"
-    if overlap:
-        yield f"evaluation rows that are also training rows: {overlap}; the evaluation will look better than it is"

@@ -134,7 +134,7 @@ def _changed_since(combination: Combination, when: float) -> Path | None:
     return None
 
 
-def carry_out(run: Run, *, launcher_arguments: Sequence[str], watch: Watch) -> None:
+def carry_out(run: Run, *, launcher_arguments: Sequence[str], audit: bool = True, watch: Watch) -> None:
     """Start or continue a run and wait for it; its state and result are known afterwards.
 
     Raises:
@@ -144,6 +144,7 @@ def carry_out(run: Run, *, launcher_arguments: Sequence[str], watch: Watch) -> N
     write_atomically(run.recipe_file, dump_recipe(run.combination.recipe))
     command = [sys.executable, "-m", "peftcli", "train", str(run.recipe_file)]
     command += ["--resume", "auto"] if run.state == PARTIAL else []
+    command += [] if audit else ["--no-audit"]
     command += ["--", *launcher_arguments] if launcher_arguments else []
     process = subprocess.Popen(
         command,

@@ -35,7 +35,7 @@ def model_card(recipe: Recipe, data: Mapping[str, Any], metrics: Mapping[str, fl
 
     Args:
         recipe: what was run.
-        data: `data/report.json`.
+        data: `data/audit.json`.
         metrics: the evaluation of the saved step, if there was one.
         step: the saved step.
     """

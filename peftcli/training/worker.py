@@ -99,7 +99,7 @@ class _Worker:
     def __init__(self, recipe: Recipe, folder: Path, strategy: Strategy, console: Console) -> None:
         self.recipe, self.folder, self.strategy, self.console = recipe, folder, strategy, console
         self.device, self.is_main = strategy.accelerator.device, strategy.accelerator.is_main_process
-        self.report = json.loads((folder / "data" / "report.json").read_text(encoding="utf-8"))
+        self.report = json.loads((folder / "data" / "audit.json").read_text(encoding="utf-8"))
         self.train_data = TokenDataset.load(folder / "data" / "train.safetensors")
         held_out = folder / "data" / "eval.safetensors"
         self.eval_data = TokenDataset.load(held_out) if held_out.is_file() else None

@@ -6,10 +6,12 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import astuple
 
 import pytest
 
 from data.families import family, marked
+from peftcli.data.audit import require_sound
 from peftcli.data.prepare import prepare
 from peftcli.data.tokens import TokenDataset
 from peftcli.errors import InputError
@@ -64,6 +66,16 @@ def run(tmp_path):
     return call
 
 
+def seen(prepared, name):
+    """What the audit says of one fact."""
+    return next(fact.seen for fact in prepared.report.audit if fact.name == name)
+
+
+def wrong(prepared):
+    """The facts a run is refused for."""
+    return {fact.name: fact.seen for fact in prepared.report.audit if not fact.ok}
+
+
 def contents(dataset):
     return [(ids.tolist(), mask.tolist()) for ids, mask in (dataset[index] for index in range(len(dataset)))]
 
@@ -71,19 +83,19 @@ def contents(dataset):
 def test_the_run_folder_holds_what_is_returned(source, run):
     prepared = run(train=source(pairs(40)), eval={"split": 0.1})
     assert sorted(file.name for file in run.folder.iterdir()) == [
+        "audit.json",
         "eval.safetensors",
-        "report.json",
         "train.safetensors",
     ]
     for name, part in (("train", prepared.train), ("eval", prepared.eval)):
         assert contents(TokenDataset.load(run.folder / f"{name}.safetensors")) == contents(part)
-    report = json.loads((run.folder / "report.json").read_text())
+    report = json.loads((run.folder / "audit.json").read_text())
     assert (report["train"]["samples"], report["eval"]["samples"]) == (36, 4)
     assert report["train"]["tokens"] == int(prepared.train.lengths.sum())
     assert report["train"]["supervised_tokens"] == int(prepared.train.label_counts.sum())
     assert sum(report["train"]["lengths"].values()) == 36
     run(train=source(pairs(40)))
-    assert sorted(file.name for file in run.folder.iterdir()) == ["report.json", "train.safetensors"]
+    assert sorted(file.name for file in run.folder.iterdir()) == ["audit.json", "train.safetensors"]
 
 
 def test_prompts_become_turns_unless_told_otherwise(source, run):
@@ -97,7 +109,7 @@ def test_prompts_become_turns_unless_told_otherwise(source, run):
     prepared = run(train=path, apply_chat_template=False)
     assert marked(tokenizer, [prepared.train[0]]) == ["hello« fine<|im_end|>»"]
     assert not prepared.report.train.sources[0].templated
-    assert prepared.report.audit[-1].seen == "none: plain text"
+    assert seen(prepared, "chat template") == "none: plain text"
 
 
 def test_a_split_is_deterministic_and_shares_no_example(source, run):
@@ -112,7 +124,7 @@ def test_a_split_is_deterministic_and_shares_no_example(source, run):
 def test_the_same_rows_in_both_parts_are_counted(source, run):
     prepared = run(train=source(pairs(10)), eval=source(pairs(14)[7:], "eval.jsonl"))
     assert prepared.report.overlap == 3
-    assert any("evaluation rows that are also training rows: 3" in warning for warning in prepared.report.warnings)
+    assert wrong(prepared) == {"evaluation apart": "evaluation rows that are training rows: 3 of 7"}
 
 
 def test_weights_repeat_and_thin_out(source, run):
@@ -229,8 +241,9 @@ def test_a_token_the_model_does_not_embed_is_refused(source, run):
 )
 def test_audit(source, run, name, facts):
     prepared = run(family(name), train=source(pairs(2)))
-    assert [fact.seen for fact in prepared.report.audit] == facts
+    assert [fact.seen for fact in prepared.report.audit][: len(facts)] == facts
     assert all(fact.ok for fact in prepared.report.audit)
+    require_sound(prepared.report)
 
 
 def test_audit_finds_what_is_wrong(source, run):
@@ -242,6 +255,60 @@ def test_audit_finds_what_is_wrong(source, run):
     doubled = run(tokenizer, train=source(rows)).report
     tokenizer.chat_template = own
     assert [fact.seen for fact in doubled.audit if not fact.ok] == ["samples that begin with <bos> twice: 1"]
+
+
+@pytest.mark.parametrize(
+    ("copies", "blank", "name", "said"),
+    [
+        (2, 0, None, "training rows that repeat an earlier one: 2 of 20"),
+        (3, 0, "no duplicates", "training rows that repeat an earlier one: 3 of 21"),
+        (0, 2, None, "rows with nothing but blanks: 2 of 20"),
+        (0, 3, "something to learn", "rows with nothing but blanks: 3 of 21"),
+    ],
+)
+def test_audit_lets_a_tenth_pass(source, run, copies, blank, name, said):
+    """18 rows and some that are there twice or blank: a tenth of all is let pass, one more is not."""
+    rows = pairs(18) + pairs(18)[:copies] + [{"prompt": "x", "completion": " "}] * blank
+    prepared = run(train=source(rows))
+    assert said in [fact.seen for fact in prepared.report.audit]
+    assert wrong(prepared) == ({name: said} if name else {})
+    if name is None:
+        require_sound(prepared.report)
+    else:
+        with pytest.raises(InputError, match=f"(?s)data: the audit found .*: {name}: {said}.*--no-audit"):
+            require_sound(prepared.report)
+
+
+def test_an_overlap_of_a_hundredth_passes(source, run):
+    evaluation = source(pairs(100), "eval.jsonl")
+    assert not wrong(run(train=source(pairs(1)), eval=evaluation))
+    assert "evaluation apart" in wrong(run(train=source(pairs(2)), eval=evaluation))
+    assert "evaluation apart" not in [fact.name for fact in run(train=source(pairs(2))).report.audit]
+
+
+@pytest.mark.parametrize("overflow", ["truncate", "drop", "split"])
+def test_what_cutting_lost_is_counted(source, run, overflow):
+    """Of two samples one is cut in its answer: exactly the tokens behind max_length are lost, the end of turn with them."""
+    prompt, answer = "hello", " ".join(WORDS)
+    whole = run(train=source([{"prompt": prompt, "completion": answer}, *pairs(1)]), apply_chat_template=False)
+    length, labels = int(whole.train.lengths[0]), int(whole.train.label_counts[0])
+    short = length - 5
+    report = run(
+        train=source([{"prompt": prompt, "completion": answer}, *pairs(1)]),
+        apply_chat_template=False,
+        overflow=overflow,
+        max_length=short,
+    ).report
+    lost = {"truncate": (5, 5, 1), "drop": (length, labels, 1), "split": (0, 1, 0)}[overflow]
+    assert astuple(report.train.sources[0])[-3:] == lost
+    tokens, learnt, answers = lost
+    [fact] = [fact for fact in report.audit if fact.name == "whole samples"]
+    of = 3 if overflow == "split" else 2
+    assert fact.seen == (
+        f"longer than data.max_length: 1 of {of}, which lost {tokens} tokens, {learnt} of them learnt; "
+        f"answers lost or without their end: {answers}"
+    )
+    assert fact.ok == (overflow == "split")
 
 
 def test_what_a_user_should_know_is_said(source, run):
@@ -268,9 +335,9 @@ def test_what_a_user_should_know_is_said(source, run):
 
 
 def test_progress_is_told(source, run):
-    seen = []
-    run(train=source(pairs(250)), progress=lambda path, rows: seen.append(rows))
-    assert seen == [100, 200, 250]
+    told = []
+    run(train=source(pairs(250)), progress=lambda path, rows: told.append(rows))
+    assert told == [100, 200, 250]
 
 
 def test_importing_it_is_cheap():

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from peftcli.data.part import Part
 from peftcli.data.report import DataReport, PartReport, SourceReport
 from peftcli.launchers import configs
 from peftcli.recipe.load import dump_recipe
@@ -55,6 +56,7 @@ def prepare_run(
     train, held_out = random_data(), random_data(5, seed=1)
     train.save(folder / "data" / "train.safetensors")
     held_out.save(folder / "data" / "eval.safetensors")
-    part = PartReport.of(train, 0, [SourceReport("/data/train.jsonl")])
-    DataReport(part, None, 0, 0, [], []).save(folder / "data" / "report.json")
+    part = Part("train")
+    part.dataset, part.sources = train, [SourceReport("/data/train.jsonl")]
+    DataReport(PartReport.of(part), None, 0, 0, [], []).save(folder / "data" / "audit.json")
     return folder
