@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from peftcli.data.audit import Fact
     from peftcli.data.encoder import Notes
     from peftcli.data.part import Part
-    from peftcli.data.tokens import Sample
+    from peftcli.data.tokens import Sample, TaskSample
 
 
 @dataclass
@@ -52,7 +52,7 @@ class SourceReport:
     lost_supervised_tokens: int = 0
     lost_answers: int = 0
 
-    def note_loss(self, sample: Sample, kept: Sequence[Sample], split: bool) -> None:
+    def note_loss(self, sample: Sample | TaskSample, kept: Sequence[Sample | TaskSample], split: bool) -> None:
         """Count what `sample` lost by becoming the pieces `kept`; in one that was split, no answer lacks its end."""
         learnt = max(int(sample[1].sum()) - sum(int(piece[1].sum()) for piece in kept), 0)
         self.lost_tokens += max(len(sample[0]) - sum(len(piece[0]) for piece in kept), 0)  # pieces may share tokens
@@ -111,6 +111,7 @@ class DataReport:
         pad_token_id: what short samples of a batch are filled with.
         audit: facts a run is refused for, or could have been.
         warnings: sentences a user should read before training, beyond the audit's.
+        labels: the classes in their order, where the task has classes.
     """
 
     train: PartReport
