@@ -104,7 +104,7 @@ def test_every_field_is_read(place: Path, recipes: None, read: set[tuple[type, s
     assert main(["train", "second.yaml"]) == 0
     for task in ("dpo", "FEATURE_EXTRACTION"):
         (folder := place / task).mkdir()
-        assert main(["train", str(make_run(task, folder, max_steps=1))]) == 0
+        assert main(["train", str(make_run(task, folder, max_steps=1)), "--no-audit"]) == 0
     with pytest.raises(InputError):  # tests have no network
         list(read_source(DataSource(path="some/hub-name", name="x"), ("train",)))
     command(LauncherSection(num_processes=2), [], base={})
