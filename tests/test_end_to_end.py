@@ -84,7 +84,7 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 @pytest.fixture(scope="module")
 def run(place: Path) -> Path:
     """The run folder of a finished training."""
-    peft("train", "recipe.yaml", "--no-audit", cwd=place)
+    peft("train", "recipe.yaml", cwd=place)
     return place / "run"
 
 
@@ -99,7 +99,7 @@ def test_a_run_leaves_what_it_promises(run: Path) -> None:
 
 
 def test_the_same_run_again_writes_the_same_bytes(place: Path, run: Path) -> None:
-    peft("train", "recipe.yaml", "--no-audit", "--output-dir", "again", cwd=place)
+    peft("train", "recipe.yaml", "--output-dir", "again", cwd=place)
     for name in ADAPTER[:2]:
         assert (place / "again" / name).read_bytes() == (run / name).read_bytes(), name
 
@@ -114,7 +114,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(place: Path, run: Path)
         shutil.rmtree(stopped / f"checkpoint-{step}", ignore_errors=True)
     kept = {path.name for path in stopped.glob("checkpoint-*")}
     assert "checkpoint-6" in kept
-    peft("train", "recipe.yaml", "--no-audit", "--output-dir", "stopped", "--resume", "auto", cwd=place)
+    peft("train", "recipe.yaml", "--output-dir", "stopped", "--resume", "auto", cwd=place)
     for name in ADAPTER[:2]:
         assert (stopped / name).read_bytes() == (run / name).read_bytes(), name
 

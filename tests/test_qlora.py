@@ -51,7 +51,7 @@ def arguments(name: str) -> list[str | Path]:
         "training.save_steps": 3,
         "training.logging_steps": 1,
     }
-    return ["train", RECIPES / f"{name}.yaml", "--no-audit", *(f"{field}={value}" for field, value in changes.items())]
+    return ["train", RECIPES / f"{name}.yaml", *(f"{field}={value}" for field, value in changes.items())]
 
 
 def result_of(run: Path) -> dict[str, Any]:

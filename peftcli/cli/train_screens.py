@@ -13,7 +13,7 @@ from peftcli.recipe.task_rules import task_of
 
 if TYPE_CHECKING:
     from peftcli.cli.train_run import Setup
-    from peftcli.data.report import DataReport, PartReport
+    from peftcli.data.report import PartReport
     from peftcli.training.plan import MemoryPlan
     from peftcli.training.publish import RunResult
 
@@ -26,7 +26,7 @@ def show(setup: Setup) -> None:
     request, report = setup.request, setup.prepared.report
     console.facts(request.file, [("override", text) for text in request.overrides])
     console.facts("model", _model(setup))
-    console.facts("data", _data(report))
+    console.facts("data", _data(setup))
     console.facts("audit", [("ok  " if fact.ok else "LOOK", f"{fact.name}: {fact.seen}") for fact in report.audit])
     for warning in report.warnings:
         console.say(f"  note  {warning}", style="yellow")
@@ -90,7 +90,8 @@ def _model(setup: Setup) -> Iterator[tuple[str, str]]:
     yield "trained", f"{outline.trainable:,} parameters, {outline.trainable / outline.parameters:.3%} of the base's"
 
 
-def _data(report: DataReport) -> Iterator[tuple[str, str]]:
+def _data(setup: Setup) -> Iterator[tuple[str, str]]:
+    report = setup.prepared.report
     yield "train", _part(report.train)
     if report.eval is not None:
         yield "eval", _part(report.eval)
@@ -99,8 +100,10 @@ def _data(report: DataReport) -> Iterator[tuple[str, str]]:
         yield "classes", f"{len(report.labels)}: {shown}" + ", ..." * (len(report.labels) > MAX_CLASSES)
     yield "lengths", ", ".join(f"to {edge}: {number:,}" for edge, number in report.train.lengths.items())
     for source in report.train.sources:
-        template = "chat template" if source.templated else "plain text"
-        yield "from", f"{source.path} ({source.format}, {template}, {source.rows:,} rows)"
+        form = f"{source.format}, " + ("chat template" if source.templated else "plain text")
+        if task_of(setup.request.recipe) not in ("CAUSAL_LM", "preference"):
+            form = source.format
+        yield "from", f"{source.path} ({form}, {source.rows:,} rows)"
 
 
 def _part(part: PartReport) -> str:

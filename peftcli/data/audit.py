@@ -1,7 +1,7 @@
 """What decides, before any process starts, whether data is fit to train on: `peft train` refuses it unless told otherwise.
 
-Data with a single odd row is normal, data of which a tenth is lost, blank or there twice is usually a mistake in the
-recipe or in how the file was made: that is where most facts draw their line.
+A few odd rows are normal; what is lost or blank in a large part is usually a mistake in the recipe or in how the file was
+made. Repeated rows are told but never refused: people repeat what they want learnt more often.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from peftcli.data.encoder import Notes
     from peftcli.data.report import DataReport, PartReport, SourceReport
 
-TOLERATED = 0.1
-"""Share of rows or samples that may be blank, cut or repeated."""
+TOLERATED_BLANK = 0.5
+"""Share of the rows that may hold nothing to learn."""
+TOLERATED_LOSS = 0.1
+"""Share of the samples that may lose their answer, or its end, to data.max_length."""
 TOLERATED_OVERLAP = 0.01
 """Share of the evaluation rows that may be training rows."""
 NO_AUDIT = "--no-audit"
@@ -59,7 +61,11 @@ def audit(
         overlap: evaluation rows that are also training rows.
     """
     sources = all_sources(train, held_out)
-    facts = [_bos(notes, tokenizer), _end_of_turn(notes), _pad(tokenizer, pad_token_id), _template(sources)]
+    facts = [_pad(tokenizer, pad_token_id)]
+    if notes.beginnings:  # what a language model learns; other tasks' samples are the tokenizer's own, from end to end
+        facts = [_bos(notes, tokenizer), _end_of_turn(notes), *facts, _template(sources)]
+    elif notes.terminators:  # of an encoder-decoder's targets
+        facts = [_end_of_turn(notes), *facts]
     facts += [_blank(sources), _lengths(sources), _duplicates(train)]
     return [*facts, _apart(held_out, overlap)] if held_out else facts
 
@@ -106,7 +112,9 @@ def _blank(sources: list[SourceReport]) -> Fact:
     blank, rows = sum(source.blank for source in sources), sum(source.rows for source in sources)
     if not blank:
         return Fact("something to learn", True, "in every row")
-    return Fact("something to learn", blank <= TOLERATED * rows, f"rows with nothing but blanks: {blank} of {rows}")
+    return Fact(
+        "something to learn", blank <= TOLERATED_BLANK * rows, f"rows with nothing but blanks: {blank} of {rows}"
+    )
 
 
 def _lengths(sources: list[SourceReport]) -> Fact:
@@ -120,7 +128,7 @@ def _lengths(sources: list[SourceReport]) -> Fact:
     )
     return Fact(
         "whole samples",
-        hurt <= TOLERATED * samples,
+        hurt <= TOLERATED_LOSS * samples,
         f"longer than data.max_length: {shortened} of {samples}, which lost {tokens} tokens, {learnt} of them learnt; "
         f"answers lost or without their end: {hurt}",
     )
@@ -128,12 +136,8 @@ def _lengths(sources: list[SourceReport]) -> Fact:
 
 def _duplicates(train: PartReport) -> Fact:
     if not train.duplicates:
-        return Fact("no duplicates", True, "every training row is another")
-    return Fact(
-        "no duplicates",
-        train.duplicates <= TOLERATED * train.rows,
-        f"training rows that repeat an earlier one: {train.duplicates} of {train.rows}",
-    )
+        return Fact("duplicates", True, "none: every training row is another")
+    return Fact("duplicates", True, f"training rows that repeat an earlier one: {train.duplicates} of {train.rows}")
 
 
 def _apart(held_out: PartReport, overlap: int) -> Fact:

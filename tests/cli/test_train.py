@@ -45,21 +45,21 @@ def test_a_refusal_leaves_nothing_behind(place: Path, here: Here) -> None:
 
 
 def test_data_that_the_audit_finds_fault_with_is_refused_unless_told_otherwise(place: Path, here: Here) -> None:
-    """Every row there twice. Everything is shown first, nothing is written, and `--no-audit` trains on it as it is."""
-    rows = (place / "train.jsonl").read_text()
-    (place / "train.jsonl").write_text(rows + rows)
+    """It is evaluated on what it learns. All is shown first, nothing is written, and `--no-audit` trains on it as it is."""
     before = snapshot(place)
-    found = "no duplicates: training rows that repeat an earlier one: 12 of 24"
+    same = "data.eval=train.jsonl"
+    found = "evaluation apart: evaluation rows that are training rows: 16 of 16"
     for arguments in ([], ["--dry-run"]):
-        shown, said = here.peft("train", "recipe.yaml", *arguments, code=2)
+        shown, said = here.peft("train", "recipe.yaml", same, *arguments, code=2)
         assert f"LOOK  {found}" in shown and f"data: the audit found what spoils a training run: {found}" in said
         assert snapshot(place) == before
-    facts, _ = here.peft("train", "recipe.yaml", "--dry-run", "--json", code=2)
-    assert [fact["name"] for fact in json.loads(facts)["data"]["audit"] if not fact["ok"]] == ["no duplicates"]
-    here.peft("train", "recipe.yaml", "--sweep", "training.seed=1", "--no-audit", "training.max_steps=1")
-    here.peft("train", "recipe.yaml", "--no-audit", "training.max_steps=1", "--overwrite")
+    facts, _ = here.peft("train", "recipe.yaml", same, "--dry-run", "--json", code=2)
+    assert [fact["name"] for fact in json.loads(facts)["data"]["audit"] if not fact["ok"]] == ["evaluation apart"]
+    short = [same, "training.max_steps=1", "--no-audit"]
+    here.peft("train", "recipe.yaml", *short, "--sweep", "training.seed=1")
+    here.peft("train", "recipe.yaml", *short, "--overwrite")
     written = json.loads((place / "run" / "data" / "audit.json").read_text())
-    assert written["train"]["duplicates"] == 12
+    assert written["overlap"] == 16
 
 
 def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_written(place: Path, here: Here) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from peftcli.data.audit import require_sound
 from peftcli.data.prepare import prepare
 from peftcli.errors import InputError
 from peftcli.recipe.schema import DataSection
@@ -23,7 +24,7 @@ def test_every_data_set_is_judged_right(shared, tmp_path):
     for case in cases:
         data = DataSection.model_validate({"train": str(corpus / case["path"]), "max_length": 64})
         try:
-            prepare(data, tokenizer, folder=tmp_path, seed=1, vocab_size=64)
+            require_sound(prepare(data, tokenizer, folder=tmp_path, seed=1, vocab_size=64).report)
             verdict, said = "accept", ""
         except InputError as error:
             verdict, said = "reject", str(error).lower()

@@ -257,26 +257,22 @@ def test_audit_finds_what_is_wrong(source, run):
     assert [fact.seen for fact in doubled.audit if not fact.ok] == ["samples that begin with <bos> twice: 1"]
 
 
-@pytest.mark.parametrize(
-    ("copies", "blank", "name", "said"),
-    [
-        (2, 0, None, "training rows that repeat an earlier one: 2 of 20"),
-        (3, 0, "no duplicates", "training rows that repeat an earlier one: 3 of 21"),
-        (0, 2, None, "rows with nothing but blanks: 2 of 20"),
-        (0, 3, "something to learn", "rows with nothing but blanks: 3 of 21"),
-    ],
-)
-def test_audit_lets_a_tenth_pass(source, run, copies, blank, name, said):
-    """18 rows and some that are there twice or blank: a tenth of all is let pass, one more is not."""
-    rows = pairs(18) + pairs(18)[:copies] + [{"prompt": "x", "completion": " "}] * blank
-    prepared = run(train=source(rows))
-    assert said in [fact.seen for fact in prepared.report.audit]
-    assert wrong(prepared) == ({name: said} if name else {})
-    if name is None:
-        require_sound(prepared.report)
-    else:
-        with pytest.raises(InputError, match=f"(?s)data: the audit found .*: {name}: {said}.*--no-audit"):
+def test_repeated_rows_are_told_and_pass(source, run):
+    prepared = run(train=source(pairs(4) * 3))
+    assert seen(prepared, "duplicates") == "training rows that repeat an earlier one: 8 of 12"
+    assert not wrong(prepared)
+
+
+@pytest.mark.parametrize(("blank", "refused"), [(3, False), (4, True)])
+def test_audit_refuses_mostly_blank_data(source, run, blank, refused):
+    prepared = run(train=source(pairs(3) + [{"prompt": "x", "completion": " "}] * blank))
+    said = f"rows with nothing but blanks: {blank} of {3 + blank}"
+    assert seen(prepared, "something to learn") == said
+    if refused:
+        with pytest.raises(InputError, match=f"(?s)data: the audit found .*: something to learn: {said}.*--no-audit"):
             require_sound(prepared.report)
+    else:
+        require_sound(prepared.report)
 
 
 def test_an_overlap_of_a_hundredth_passes(source, run):
