@@ -48,12 +48,14 @@ class OpenedBase:
         section: the recipe's section.
         facts: its config and the headers of its weights.
         config: transformers' config, cleaned.
-        dtype: what the weights are loaded as.
+        stored_dtype: what most of the weights are in the checkpoint.
+        dtype: what they are loaded as.
     """
 
     section: ModelSection
     facts: BaseFacts
     config: PreTrainedConfig
+    stored_dtype: torch.dtype
     dtype: torch.dtype
 
     def empty(self) -> PreTrainedModel:
@@ -92,8 +94,8 @@ def open_base(model: ModelSection) -> OpenedBase:
     config = _read_config(facts, model.trust_remote_code)
     if model.task_type in WITH_CLASSES:
         _set_classes(config, model, facts)
-    dtype = _stored_dtype(facts, config) if model.dtype == "auto" else getattr(torch, model.dtype)
-    return OpenedBase(model, facts, config, dtype)
+    stored = _stored_dtype(facts, config)
+    return OpenedBase(model, facts, config, stored, stored if model.dtype == "auto" else getattr(torch, model.dtype))
 
 
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:

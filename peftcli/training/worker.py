@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import os
 import sys
@@ -122,6 +123,7 @@ class _Worker:
             # Two bases may not fit into memory together: this one goes, with gradients and moments.
             del model, export, trainer
             self.strategy.finish()
+            gc.collect()  # modules and what they hold are in cycles, and nobody else collects them on the CPU
             folder = broadcast_object_list([written])[0] if self.strategy.shards_base else written
             if folder is None:
                 return None
