@@ -81,7 +81,9 @@ def test_quickstart_is_trained_and_evaluated(place: Path) -> None:
     loss = result_of(place / name)["metrics"]["eval_loss"]
     peft("eval", name, "--metrics", "loss", "--output", "results.json", cwd=place)
     metrics = json.loads((place / "results.json").read_text(encoding="utf-8"))["metrics"]
-    assert metrics[0]["adapters"]["tuned"]["value"] == pytest.approx(loss, rel=1e-2), "the base is quantised as it was in training"
+    assert metrics[0]["adapters"]["tuned"]["value"] == pytest.approx(loss, rel=1e-2), (
+        "the base is quantised as it was in training"
+    )
 
 
 def test_the_sharded_one_is_planned_and_trained(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,6 +210,8 @@ def _syntax_error(error: yaml.YAMLError, origin: Origin) -> InputError:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     what = " ".join(part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part)
     line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+    if "nesting depth" in what:  # PyYAML from 6.0.4 has a bound of its own
+        return InputError(f"is nested more than {MAX_DEPTH} levels deep", place=origin.place(line, column))
     return InputError(
         f"is not YAML on line {line}: {what or 'unreadable'}",
         place=origin.place(line, column),

@@ -310,7 +310,8 @@ def test_a_hub_id_is_found_in_the_cache(hub: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["someone/else", "../base", "/no/such/folder", "a b", "model.gguf"])
-def test_what_can_not_be_found_is_refused(hub: Path, name: str) -> None:
+def test_what_can_not_be_found_is_refused(hub: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(hub)
     with pytest.raises(InputError, match=r"not in the hub's cache|neither a folder nor a .gguf file"):
         resolve_base(name)
 
