@@ -76,7 +76,10 @@ def attach(
     if mode != "none":
         adapted = {layer.base_layer for _, layer in attached.layers() if name in layer.adapters}
         attached.biases[name] = TrainedBiases(trained_bias_owners(base_modules(model), mode, adapted))
-    attached.set_active(attached.active if not first else [name], trainable=True)
+    if first:
+        attached.set_active([name])
+    else:
+        attached.stand_by(name)
     return attached
 
 

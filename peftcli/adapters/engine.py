@@ -68,15 +68,15 @@ class Attached:
 
     def layers(self) -> Iterator[tuple[str, AdapterLayer]]:
         """(path in the model, layer) of every adapted module."""
-        return ((path, m) for path, m in self.root.named_modules() if isinstance(m, AdapterLayer))
+        return ((path, m) for path, m in _walk(self.root) if isinstance(m, AdapterLayer))
 
     def copies(self) -> Iterator[tuple[str, CopyLayer]]:
         """(path in the model, layer) of every module trained in full."""
-        return ((path, m) for path, m in self.root.named_modules() if isinstance(m, CopyLayer))
+        return ((path, m) for path, m in _walk(self.root) if isinstance(m, CopyLayer))
 
     def parts(self) -> Iterator[AdapterLayer | CopyLayer]:
         """Everything that stands in a module's place."""
-        return (m for m in self.root.modules() if isinstance(m, (AdapterLayer, CopyLayer)))
+        return (m for _, m in _walk(self.root) if isinstance(m, (AdapterLayer, CopyLayer)))
 
     def members(self, name: str) -> list[str]:
         """The names an adapter has in the layers: its own, or those of a gate's experts."""
@@ -132,6 +132,10 @@ class Attached:
             frozen = self.configs[name].inference_mode
             self.set_requires_grad(name, trainable and name in (*names, *inside) and not frozen)
         self._switch_biases()
+
+    def stand_by(self, name: str) -> None:
+        """Leave the active adapters as they are, and a new one beside them without gradients."""
+        self.set_requires_grad(name, False)
 
     def enable(self, on: bool) -> None:
         """Switch all adapters on or off."""
@@ -321,6 +325,19 @@ def adapters_of(model: nn.Module) -> Attached:
     if attached is None:
         raise InputError("the model has no adapters")
     return attached
+
+
+def _walk(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` but for the adapters' tensors: its time does not grow with the number of adapters."""
+    waiting, seen = [("", root)], set()
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield path, module
+        inside = [("base_layer", module.base_layer)] if isinstance(module, AdapterLayer) else module.named_children()
+        waiting += reversed([(f"{path}.{name}" if path else name, child) for name, child in inside])
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -138,12 +138,16 @@ class AdapterLayer(TensorHolder):
         return adapter.with_module(self._pass_tensors(name, dropping=self.training), x, self.site)
 
     def _with_update(self, name: str, y: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """y + g dW x, with g = 1 unless a gate decides."""
+        update = self._update(name, x, *args, **kwargs)
+        return y if update is None else y + update.to(y.dtype)
+
+    def _update(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        """g dW x, with g = 1 unless a gate decides; None where it is 0."""
         adapter, p = self.adapters[name], self._pass_tensors(name, dropping=self.training)
         assert isinstance(adapter, DeltaAdapter)
         share = self.context.share(self.site.name, name)
         if isinstance(share, float) and share == 0:
-            return y
+            return None
         if adapter.dropout and self.training and x.is_floating_point():
             x = F.dropout(x, adapter.dropout)
         update = adapter.activation(p, x, self.site)
@@ -154,7 +158,7 @@ class AdapterLayer(TensorHolder):
             update = update * self.site.broadcast(keep).to(update)
         if isinstance(share, Tensor):
             share = share.reshape(*update.shape[:-1], 1).to(update)
-        return y + (update if isinstance(share, float) and share == 1 else update * share).to(y.dtype)
+        return update if isinstance(share, float) and share == 1 else update * share
 
     def _added(self, adapter: DeltaAdapter, p: Tensors) -> tuple[Tensor, Tensor | None]:
         """dW [out, in] and what is added to the bias [out], where there is one and the method changes it."""
@@ -183,11 +187,12 @@ class AdapterLayer(TensorHolder):
             index = torch.tensor(rows, device=x.device)
             inputs = x.index_select(0, index)
             with self.context.only(rows, of=x.shape[0]):
-                if self._adds(name):
-                    adapted = self._with_update(name, output.index_select(0, index), inputs, *args[1:], **kwargs)
-                else:
+                if not self._adds(name):
                     adapted = self._forward([name], inputs, *args[1:], **kwargs)
-            output = output.index_copy(0, index, adapted)
+                    output = output.index_copy(0, index, adapted)
+                elif (update := self._update(name, inputs, *args[1:], **kwargs)) is not None:
+                    add = output.index_add if torch.is_grad_enabled() or not self.site.is_bare else output.index_add_
+                    output = add(0, index, update.to(output.dtype))
         return output
 
     # -- weights --------------------------------------------------------------------------------------------------
