@@ -154,6 +154,8 @@ class _Composer:
                 shown = printable(event.value) if isinstance(event, yaml.ScalarEvent) else "a map, list or alias"
                 self.refuse(f"the key {shown} is not a name: quote it if a string is meant", event, location)
                 key = ""
+                if isinstance(event, yaml.CollectionStartEvent):
+                    self.node(event, (*location, key))  # passed over: the value comes behind all that is in the key
             elif key == "<<":
                 self.refuse("merge keys (`<<`) are not allowed: use `extends`", event, location)
             elif key in result:
