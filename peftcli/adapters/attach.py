@@ -79,7 +79,7 @@ def attach(
     if first:
         attached.set_active([name])
     else:
-        attached.stand_by(name)
+        attached.set_requires_grad(name, False)  # it stands by; the active ones stay as they are
     return attached
 
 

@@ -133,10 +133,6 @@ class Attached:
             self.set_requires_grad(name, trainable and name in (*names, *inside) and not frozen)
         self._switch_biases()
 
-    def stand_by(self, name: str) -> None:
-        """Leave the active adapters as they are, and a new one beside them without gradients."""
-        self.set_requires_grad(name, False)
-
     def enable(self, on: bool) -> None:
         """Switch all adapters on or off."""
         self.disabled = not on

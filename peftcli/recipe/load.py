@@ -17,7 +17,6 @@ from peftcli.recipe.nodes import Node, merge
 from peftcli.recipe.problems import located, problem
 from peftcli.recipe.redact import redact
 from peftcli.recipe.schema import Recipe
-from peftcli.recipe.support import unsupported
 
 MAX_EXTENDS = 10
 
@@ -58,11 +57,9 @@ def build(root: Node, *, check_paths: bool = True) -> Recipe:
         recipe = Recipe.model_validate(root.plain())
     except ValidationError as error:
         raise InputErrors(located(error.errors(include_url=False), root)) from None
-    found = [problem(location, text, root) for location, text in unsupported(recipe)]
-    if check_paths:
-        found += [problem(location, text, root, fix=fix) for location, text, fix in paths.problems(recipe)]
-    if found:
-        raise InputErrors(found)
+    found = paths.problems(recipe) if check_paths else ()
+    if problems := [problem(location, text, root, fix=fix) for location, text, fix in found]:
+        raise InputErrors(problems)
     return recipe
 
 

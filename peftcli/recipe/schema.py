@@ -220,10 +220,6 @@ class Recipe(Section):
                 f"A start by {start} needs the base's weights as they were before they were quantised.",
                 fix="leave quantization out, or choose another adapter.init_lora_weights",
             )
-        if self.data.packing != "none" and self.model.task_type != "CAUSAL_LM":
-            raise contradiction(
-                f"{self.model.task_type} can't pack several samples into a row.", fix="set data.packing to none"
-            )
         if self.data.packing != "none" and config is not None and needs_rows(config):
             raise contradiction(
                 f"{config.peft_type} must know which row of a batch a token is in: rows can't hold several samples.",

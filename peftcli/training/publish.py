@@ -133,8 +133,7 @@ def reload_difference(
         from peftcli import PeftModel
 
         base = strategy.load_base(recipe.model, recipe.quantization)
-        with strategy.attaching(base):
-            model = PeftModel.from_pretrained(base, folder)
+        model = PeftModel.from_pretrained(base, folder)
     with strategy.loaded(model):
         difference = float((probe_logits(model, probe) - expected).abs().max())
     if not difference <= TOLERANCE * float(expected.abs().max()):

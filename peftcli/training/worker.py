@@ -146,8 +146,7 @@ class _Worker:
         config.task_type = TaskType(recipe.model.task_type)
         pad = self.report["pad_token_id"]
         config = start_from_data(base, config, self.train_data, recipe.training, pad, self.device)
-        with self.strategy.attaching(base):
-            return get_peft_model(base, config, revision=recipe.model.revision)
+        return get_peft_model(base, config, revision=recipe.model.revision)
 
     def _finish(self, outcome: Outcome, written: Path, difference: float) -> RunResult:
         """Put what was verified in its place, with card, plot and result."""

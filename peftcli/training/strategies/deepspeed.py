@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: TID253
-from safetensors.torch import load_file
 from torch import Tensor, nn  # noqa: TID253
 
 from peftcli.errors import InputError, RunError
@@ -92,11 +91,7 @@ class DeepSpeed(Strategy):
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def gradient_norm(self) -> Tensor:
-        from deepspeed.runtime.utils import combine_grad_norm_groups
-
-        zero = self.engine.optimizer
-        norm = zero.scaled_global_norm() if self.stage < 3 else combine_grad_norm_groups(zero._get_norm_groups())
-        norm = torch.as_tensor(norm)
+        norm = torch.as_tensor(self.engine.optimizer.scaled_global_norm())
         return norm if norm >= 0 else torch.full_like(norm, torch.nan)  # DeepSpeed's sign of one that is not finite
 
     def step(self, norm: Tensor, max_norm: float) -> None:
@@ -114,25 +109,13 @@ class DeepSpeed(Strategy):
 
     @contextmanager
     def whole(self, *, gradients: bool = False, write: bool = False) -> Iterator[None]:
-        trained = self._trained()
-        with self._gathered(trained, write):
-            for parameter, gradient in self._gradients.items() if gradients else ():
-                parameter.grad = gradient.to(parameter.dtype)
-            yield
-            for parameter in self._gradients if gradients else ():
-                parameter.grad = None
-
-    @contextmanager
-    def _gathered(self, parameters: list[nn.Parameter], write: bool) -> Iterator[None]:
-        """While open, parameters are whole; with `write` the optimizer's copies follow them at the end."""
+        for parameter, gradient in self._gradients.items() if gradients else ():
+            parameter.grad = gradient.to(parameter.dtype)
         yield
-        if write:
-            for parameter in parameters:
-                self._set(parameter, parameter.data)
-
-    def _set(self, parameter: nn.Parameter, value: Tensor, field: str | None = None) -> None:
-        """Give this process's part of a whole value to the optimizer: its copy of the parameter, or a field of its state."""
-        parameter.set_full_hp_param(value.to(torch.float32), field)  # type: ignore[attr-defined]  # DeepSpeed puts it there
+        for parameter in self._gradients if gradients else ():
+            parameter.grad = None
+        for parameter in self._trained() if write else ():  # the optimizer's copies follow
+            parameter.set_full_hp_param(parameter.data.to(torch.float32))  # type: ignore[attr-defined]  # DeepSpeed's
 
     def _flat(self) -> list[nn.Parameter]:
         """What the optimizer updates, one for each of its groups."""
@@ -159,31 +142,7 @@ class DeepSpeed(Strategy):
         return tensors, {"groups": groups, "values": {}}
 
     def load_optimizer_state(self, folder: Path, plain: dict[str, Any]) -> None:
-        stored = load_file(folder / state.OPTIMIZER)
-        for group, values in zip(self.optimizer.param_groups, plain["groups"], strict=True):
-            group.update({k: tuple(v) if k == "betas" else v for k, v in values.items() if k != "params"})
-        names = iter(self.names)
-        for parameters, flat in zip(self._groups, self._flat(), strict=True):
-            own = {parameter: next(names) for parameter in parameters}
-            fields: dict[str, Tensor] = {}
-            for key, value in stored.items():
-                name, _, field = key.rpartition("/")
-                if name in own.values():
-                    fields.setdefault(field, value.clone() if value.dim() == 0 else torch.zeros_like(flat.data))
-            if not fields:
-                continue
-            self.optimizer.state[flat].update(fields)
-            self._link_state()
-            for parameter, name in own.items():
-                for field, value in fields.items():
-                    if value.shape == flat.shape and (full := stored.get(f"{name}/{field}")) is not None:
-                        self._set(parameter, full.to(flat.device), field)
-
-    def _link_state(self) -> None:
-        """Let DeepSpeed find the optimizer's state that was put there."""
-        zero = self.engine.optimizer
-        zero._hp_optimizer_states_linked = False
-        zero._lazy_init_hp_params_optimizer_state()
+        raise RunError("resuming is not supported under DeepSpeed yet")  # a recipe that asks for it is refused before
 
     def finish(self) -> None:
         self.engine.destroy()

@@ -94,10 +94,6 @@ class Strategy:
         """The base with its weights, as this strategy keeps them before training."""
         return load_base(model, quantization, device=self.accelerator.device)
 
-    def attaching(self, base: nn.Module) -> AbstractContextManager[None]:
-        """While open, an adapter can be attached to `base`: shapes are whole, and weights where they are read."""
-        return nullcontext()
-
     def prepare(
         self, model: nn.Module, loss: nn.Module, make_optimizer: MakeOptimizer, *, keep_gradients: bool = False
     ) -> None:
