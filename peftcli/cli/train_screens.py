@@ -37,10 +37,9 @@ def show(setup: Setup) -> None:
 
 def show_sample(setup: Setup) -> None:
     """The first training sample, what is given apart from what is learnt, a bar between tokens."""
-    data = setup.prepared.train
-    ids, supervised = data[0]
-    learnt = f", {int(supervised.sum())} learnt" if supervised.any() else ""
-    console.say(f"first sample: {len(ids)} tokens{learnt}{_target(setup)}", style="bold")
+    ids, supervised = setup.prepared.train[0]
+    how_many = f", {int(supervised.sum())} learnt" if supervised.any() else ""
+    console.say(f"first sample: {len(ids)} tokens{how_many}{_target(setup)}", style="bold")
     left = MAX_SAMPLE
     for learnt, run in groupby(zip(ids.tolist(), supervised.tolist(), strict=True), key=lambda pair: pair[1]):
         text = "|".join(setup.tokenizer.decode([token]).replace("\n", "\\n") for token, _ in run)

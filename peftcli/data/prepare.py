@@ -231,7 +231,7 @@ class _Reader:
             report.blank += 1
             return
         digest = blake2b(
-            b"|".join(part.tobytes() for sample in samples for part in _content(sample)), digest_size=16
+            b"|".join(column.tobytes() for sample in samples for column in _content(sample)), digest_size=16
         ).digest()
         kept = [piece for sample in samples for piece in self._fitting(part, report, sample, row.place)]
         if kept:

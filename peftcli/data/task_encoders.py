@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from peftcli.data.collate import IGNORED
 from peftcli.data.encoder import Encoder, LossOn, Notes
 from peftcli.data.formats import Completion, Preference
 from peftcli.data.labels import Labels
@@ -105,14 +106,16 @@ class TagEncoder(TaskEncoder):
     def encode(self, example: Tagged, place: str) -> list[TaskSample]:
         assert self.labels is not None
         encoded = self._ids(example.words, is_split_into_words=True)
-        tags = [-100 if tag == -100 else self.labels.index(tag, f"tags[{i}]") for i, tag in enumerate(example.tags)]
+        tags = [
+            IGNORED if tag == IGNORED else self.labels.index(tag, f"tags[{i}]") for i, tag in enumerate(example.tags)
+        ]
         words = encoded.word_ids(0)
         ids = np.array(encoded["input_ids"], np.int32)
-        found = np.full(len(ids), -100, np.int32)
+        found = np.full(len(ids), IGNORED, np.int32)
         for index, word in enumerate(words):
             if word is not None and (index == 0 or words[index - 1] != word):
                 found[index] = tags[word]
-        supervised = found != -100
+        supervised = found != IGNORED
         if not supervised.any():
             raise InputError("has no token that is learnt", place=place)
         return [TaskSample(ids, supervised, tags=np.where(supervised, found, 0).astype(np.int32))]

@@ -59,8 +59,9 @@ def compare(
     _require_metrics(metrics, judge)
     writes = judge is None or judge.generates
     asked = [name for name, metric in metrics.items() if writes and metric.needs_answers]
-    found = answers(data) if asked or (writes and generated) else []
-    if not found and (asked or (writes and generated)):
+    wanted = bool(asked) or (writes and generated)
+    found = answers(data) if wanted else []
+    if wanted and not found:
         raise InputError(
             "there is nothing to answer in this data: every token of it is learnt",
             place=", ".join(asked) or None,

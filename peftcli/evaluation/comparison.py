@@ -9,7 +9,7 @@ from typing import Any
 
 from peftcli.evaluation.bench import BASE_COLUMN
 from peftcli.evaluation.estimates import Estimate
-from peftcli.evaluation.metrics import Metric, plain
+from peftcli.evaluation.metrics import Metric, plain, reaches
 from peftcli.evaluation.significance import PairedTest, paired_test
 
 WRONG = 0.5
@@ -128,7 +128,7 @@ class Comparison:
             bound = "at least" if row.higher_is_better else "at most"
             for column, estimate in row.adapters.items():
                 value = estimate.value
-                if not (value >= threshold if row.higher_is_better else value <= threshold):
+                if not reaches(row.higher_is_better, value, threshold):
                     of = f" of {column}" if len(self.columns) > 1 else ""
                     yield f"{name}{of} is {value:.4g}, not {bound} {threshold:g}"
 

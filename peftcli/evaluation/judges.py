@@ -13,7 +13,7 @@ from peftcli.evaluation.judge import TAG_SEPARATOR, Judge, Judgement
 from peftcli.lazy import numpy as np
 from peftcli.training.objectives.base import inputs_of
 from peftcli.training.objectives.pairs import PairLoss
-from peftcli.training.objectives.spans import best_span
+from peftcli.training.objectives.spans import best_span, span_logits
 
 FRESH_HEAD = "a base that brings no head for this task has a fresh one, which knows nothing"
 
@@ -76,11 +76,7 @@ class SpanJudge(Judge):
 
     def rows(self, model: Any, batch: dict[str, Tensor], more: dict[str, Any]) -> Judgement:
         outputs, targets = model(**inputs_of(batch), **more), batch["targets"]
-        padding = batch["attention_mask"] == 0
-        start, end = (
-            logits.float().masked_fill(padding, torch.finfo(torch.float32).min)
-            for logits in (outputs.start_logits, outputs.end_logits)
-        )
+        start, end = span_logits(outputs, batch)
         loss = (_losses(start, targets[:, 0]) + _losses(end, targets[:, 1])) / 2
         first, last = best_span(start, end)
         right = (first == targets[:, 0]) & (last == targets[:, 1])

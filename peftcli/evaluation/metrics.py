@@ -71,14 +71,10 @@ class Metric:
         """Whether a language model has to write answers for it."""
         return not (self.of_tokens or self.of_spans)
 
-    @property
-    def is_scored_by_item(self) -> bool:
-        """Whether each answer has a score of its own."""
-        return bool(self.of_answer or self.of_writing)
 
-    def reaches(self, value: float, threshold: float) -> bool:
-        """Whether `value` is at least as good as `threshold`; NaN never is."""
-        return value >= threshold if self.higher_is_better else value <= threshold
+def reaches(higher_is_better: bool, value: float, threshold: float) -> bool:
+    """Whether a metric's value is at least as good as `threshold`; NaN never is."""
+    return value >= threshold if higher_is_better else value <= threshold
 
 
 def loss(scores: TokenScores) -> Estimate:

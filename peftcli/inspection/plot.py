@@ -7,6 +7,7 @@ from typing import Any
 
 from peftcli.adapters.targets import layer_index
 from peftcli.errors import InputError, printable
+from peftcli.report.figures import new_figure
 
 
 def plot_spectrum(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
@@ -20,14 +21,11 @@ def plot_spectrum(rows: list[dict[str, Any]], path: Path, *, title: str) -> None
     Raises:
         InputError: if there is nothing to draw, or the picture can't be written there.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     if not rows:
         raise InputError("nothing to plot: no update is a product of two matrices", field="--plot")
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4)
     norm, rank = figure.subplots(1, 2)
     for name, line in _lines(rows).items():
         layers = [layer for layer, _ in line]

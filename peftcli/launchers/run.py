@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -46,7 +47,7 @@ def run(command: Command, run_folder: Path, *, quiet: bool = False) -> None:
             stderr=log,
             start_new_session=True,  # else a terminal's Ctrl-C would reach the ranks twice: from it and from us
         )
-        with _passing_signals_on(process) as received:
+        with passing_signals_on(partial(_to_ranks, process.pid)) as received:
             code = process.wait()
     if code == 0:
         return
@@ -58,18 +59,17 @@ def run(command: Command, run_folder: Path, *, quiet: bool = False) -> None:
 
 
 @contextmanager
-def _passing_signals_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """While open, signals that ask us to stop go to the ranks, each once; `received` holds ours.
+def passing_signals_on(send: Callable[[int], None]) -> Iterator[list[int]]:
+    """While open, signals that ask us to stop are sent on instead, each once; `received` holds them.
 
-    They go past the launcher: told to stop, it would kill its ranks after 30 seconds, in the middle of a save.
+    Args:
+        send: gives a signal's number to whoever does the work.
     """
     received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        for pid in _children(process.pid) or [process.pid]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, PASSED_ON[number])
+        send(number)
 
     before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     try:
@@ -77,6 +77,13 @@ def _passing_signals_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _to_ranks(launcher: int, number: int) -> None:
+    """Past the launcher: told to stop, it would kill its ranks after 30 seconds, in the middle of a save."""
+    for pid in _children(launcher) or [launcher]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, PASSED_ON[number])
 
 
 def _children(pid: int) -> list[int]:

@@ -9,6 +9,7 @@ from peftcli.adapters.targets import layer_index
 from peftcli.errors import InputError, printable
 from peftcli.lazy import numpy
 from peftcli.merging.report import MergeReport
+from peftcli.report.figures import new_figure
 
 
 def plot_merge(report: MergeReport, path: Path) -> None:
@@ -17,16 +18,13 @@ def plot_merge(report: MergeReport, path: Path) -> None:
     Raises:
         InputError: if there is nothing to draw, or the picture can't be written there.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     if not report.modules:
         raise InputError("nothing to plot: no module's update was merged", field="--plot")
     kinds = list(dict.fromkeys(row.module.rpartition(".")[2] for row in report.modules))
     layers = 1 + max(layer_index(row.module) or 0 for row in report.modules)
-    figure = Figure(figsize=(12, 1.5 + 0.35 * len(kinds)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 1.5 + 0.35 * len(kinds))
     panels: dict[str, dict[str, Any]] = {
         "energy": {"title": "energy kept", "vmin": 0, "vmax": 1},
         "norm": {"title": "norm of the merged update"},

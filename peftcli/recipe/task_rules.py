@@ -23,6 +23,12 @@ TASK_METRICS: dict[str, tuple[str, ...]] = {
 }
 """What the evaluation of each task gives; of `eval_loss` less is better, of the others more."""
 
+
+def higher_is_better(metric: str) -> bool:
+    """Which way a `metric_for_best_model` is good."""
+    return metric != "eval_loss"
+
+
 WITH_CLASSES = ("SEQ_CLS", "TOKEN_CLS")
 SPLITTABLE = ("CAUSAL_LM", "QUESTION_ANS")
 """Tasks of whose samples a part is a sample."""

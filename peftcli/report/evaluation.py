@@ -17,6 +17,7 @@ from peftcli.files import write_atomically
 from peftcli.recipe.redact import redact
 from peftcli.report.evaluation_plots import plot_losses, plot_metrics
 from peftcli.report.folder import FILES, write_json
+from peftcli.report.markdown import inline
 from peftcli.report.numbers import difference, number, p_value, pairs
 
 if TYPE_CHECKING:
@@ -123,34 +124,28 @@ def _markdown(
     comparison: Comparison, facts: list[tuple[str, str]], metrics: Mapping[str, Metric], pictures: Mapping[str, bytes]
 ) -> Iterator[str]:
     yield "# Evaluation\n"
-    yield from (f"- {_inline(name)}: {_inline(value)}" for name, value in facts)
+    yield from (f"- {inline(name)}: {inline(value)}" for name, value in facts)
     yield ""
     header = _header(comparison)
-    yield "| " + " | ".join(map(_inline, header)) + " |"
+    yield "| " + " | ".join(map(inline, header)) + " |"
     yield "|---|" + "---:|" * (len(header) - 1)
     for row, cells in _table(comparison):
-        yield f"| {_inline(row.metric)} | " + " | ".join(text for text, _ in cells) + " |"
+        yield f"| {inline(row.metric)} | " + " | ".join(text for text, _ in cells) + " |"
     yield f"\n{EXPLANATION}\n"
     if len(comparison.columns) > 1:
         yield "| " + " | ".join(PAIRS) + " |\n|---|---|---:|---:|"
-        yield from ("| " + " | ".join(map(_inline, cells)) + " |" for cells in pairs(comparison.rows))
+        yield from ("| " + " | ".join(map(inline, cells)) + " |" for cells in pairs(comparison.rows))
         yield ""
-    yield from (f"- {name}: {_inline(metric.meaning)}" for name, metric in metrics.items())
+    yield from (f"- {name}: {inline(metric.meaning)}" for name, metric in metrics.items())
     for name in pictures:
         yield f"\n![{name.removesuffix('.png')}]({name})"
     for title, items, columns in _sections(comparison):
-        yield f"\n## {_inline(title)}\n"
+        yield f"\n## {inline(title)}\n"
         for item in items:
             for label, text, scores in _texts(item, columns):
-                yield f"**{_inline(label)}** {scores}\n"
+                yield f"**{inline(label)}** {scores}\n"
                 yield "\n".join(f"    {line}" for line in text.splitlines() or [""]) + "\n"
             yield "---\n"
-
-
-def _inline(text: str) -> str:
-    """Text in a line or a cell of Markdown, none of it markup."""
-    line = " ".join(text.split())
-    return "".join(f"\\{character}" if character in "\\`*_{}[]<>#|~!$" else character for character in line)
 
 
 # -- HTML -----------------------------------------------------------------------------------------------------------

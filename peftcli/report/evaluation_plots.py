@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from peftcli.report.figures import new_figure, png
 
 if TYPE_CHECKING:
     from peftcli.evaluation.comparison import Row
@@ -20,12 +21,12 @@ def plot_metrics(rows: Sequence[Row]) -> bytes:
     columns = min(PANELS_IN_A_ROW, len(rows))
     lines = math.ceil(len(rows) / columns)
     names = ["base", *rows[0].adapters]
-    figure = _figure(2.9 * columns + 0.07 * max(map(len, names)), (0.9 + 0.3 * len(names)) * lines)
+    figure = new_figure(2.9 * columns + 0.07 * max(map(len, names)), (0.9 + 0.3 * len(names)) * lines)
     for index, row in enumerate(rows):
         axes = figure.add_subplot(lines, columns, index + 1)
         _draw(axes, row)
         axes.set_yticks(range(len(names)), map(_text, names) if index % columns == 0 else [""] * len(names), fontsize=8)
-    return _png(figure)
+    return png(figure)
 
 
 def _draw(axes: Any, row: Row) -> None:
@@ -51,7 +52,7 @@ def plot_losses(losses: Mapping[str, Any]) -> bytes:
     """A PNG of how the samples' losses per label are spread, base and adapters over each other."""
     import numpy as np
 
-    figure = _figure(7, 3.2)
+    figure = new_figure(7, 3.2)
     axes = figure.add_subplot()
     everything = np.concatenate(list(losses.values()))
     edges = np.histogram_bin_edges(everything, bins=min(40, max(8, int(math.sqrt(len(everything)) * 2))))
@@ -64,28 +65,12 @@ def plot_losses(losses: Mapping[str, Any]) -> bytes:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8)
-    return _png(figure)
+    return png(figure)
 
 
 def colour(place: int) -> str:
     """Grey for the base, then matplotlib's own."""
     return BASE_COLOUR if place == 0 else f"C{(place - 1) % 10}"
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _png(figure: Any) -> bytes:
-    """Equal figures give equal bytes."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
 
 
 def _text(name: str) -> str:

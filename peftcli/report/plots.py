@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from peftcli.report.figures import new_figure, png
+
 
 def plot_losses(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Training and evaluation loss over steps.
@@ -14,13 +16,9 @@ def plot_losses(rows: Sequence[dict[str, Any]], path: Path) -> None:
         rows: those of `log.jsonl`.
         path: a PNG file; equal rows give equal bytes.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    # A Figure of our own, not pyplot's: no window system, no state shared with the caller's plots.
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4)
     axes = figure.add_subplot()
     for name, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
         points = [(row["step"], row[name]) for row in rows if name in row]
@@ -32,4 +30,4 @@ def plot_losses(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    figure.savefig(path, format="png", metadata={"Software": None})
+    path.write_bytes(png(figure))

@@ -6,16 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from peftcli.cli import run_folder
 from peftcli.errors import InputError, RunError, printable
 from peftcli.files import read_bounded, read_strict_json, write_atomically
+from peftcli.launchers.run import passing_signals_on
 from peftcli.recipe.load import dump_recipe
 from peftcli.recipe.yaml12 import MAX_BYTES_READ
 from peftcli.sweep.grid import Combination, Grid
@@ -23,7 +22,6 @@ from peftcli.training.checkpoints import remove
 
 RESULT = "result.json"
 WEIGHTS = ("adapter_model.safetensors", "model*.safetensors")
-STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 LAST_LINES = 3
 
 NEW, PARTIAL, DONE, FAILED = "not run yet", "interrupted", "done", "failed"
@@ -156,7 +154,7 @@ def carry_out(run: Run, *, launcher_arguments: Sequence[str], audit: bool = True
         errors="replace",
         start_new_session=True,  # else a terminal's Ctrl-C would reach it twice
     )
-    with process, run.log.open("w", encoding="utf-8") as log, _passing_signals_on(process) as received:
+    with process, run.log.open("w", encoding="utf-8") as log, passing_signals_on(process.send_signal) as received:
         assert process.stdout is not None
         for line in process.stdout:
             log.write(line)
@@ -172,23 +170,6 @@ def carry_out(run: Run, *, launcher_arguments: Sequence[str], audit: bool = True
         raise error
     else:
         run.state, run.reason = FAILED, _reason(run.log, code)
-
-
-@contextmanager
-def _passing_signals_on(process: subprocess.Popen[str]) -> Iterator[list[int]]:
-    """While open, signals that ask us to stop go to the run, which saves its work; `received` holds them."""
-    received: list[int] = []
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in STOPPING}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _reason(log: Path, code: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,9 @@ from typing import Any
 
 from peftcli.files import write_atomically
 from peftcli.recipe.redact import redact
+from peftcli.recipe.task_rules import higher_is_better
+from peftcli.report.figures import new_figure, png
+from peftcli.report.markdown import inline
 from peftcli.sweep.runs import DONE, Run
 
 JSON, MARKDOWN, PLOT = "sweep.json", "sweep.md", "sweep.png"
@@ -29,7 +31,7 @@ def best_of(runs: Sequence[Run]) -> Run | None:
     """The run with the best metric; the first of equals."""
     metric = metric_of(runs)
     measured = [run for run in runs if value_of(run, metric) is not None]
-    sign = 1 if "loss" in metric or "perplexity" in metric else -1
+    sign = -1 if higher_is_better(metric) else 1
     return min(measured, key=lambda run: sign * (value_of(run, metric) or 0.0), default=None)
 
 
@@ -108,8 +110,7 @@ def _markdown(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    line = " ".join(redact(text).split())
-    return "".join(f"\\{character}" if character in "\\`*_{}[]<>#|~!$" else character for character in line)
+    return inline(redact(text))
 
 
 def _size(count: float | None) -> str:
@@ -126,8 +127,6 @@ def _time(seconds: float | None) -> str:
 
 def plot(runs: Sequence[Run]) -> bytes:
     """A PNG: a panel of bars for the metric and each cost, a line for each finished run, the best one darker."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     metric, best = metric_of(runs), best_of(runs)
@@ -139,8 +138,7 @@ def plot(runs: Sequence[Run]) -> bytes:
         ("time, min", [run.result.get("seconds") for run in done], 60.0),
         ("file, MB", [run.file_bytes for run in done], 1e6),
     ]
-    figure = Figure(figsize=(14, 1.1 + 0.34 * len(done)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(14, 1.1 + 0.34 * len(done))
     labels = [_label(run) for run in done]
     colours = ["C0" if run is best else "#9bb8d3" for run in done]
     for index, (title, values, unit) in enumerate(columns):
@@ -157,9 +155,7 @@ def plot(runs: Sequence[Run]) -> bytes:
         axes.invert_yaxis()
         axes.tick_params(axis="x", labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
+    return png(figure)
 
 
 def _label(run: Run) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn  # noqa: TID253
 from peftcli.adapters.engine import attached_to, user_model
 from peftcli.adapters.steps import add_regularization, after_step, begin_training, follows_steps
 from peftcli.data.tokens import TokenDataset
+from peftcli.recipe.task_rules import higher_is_better
 from peftcli.recipe.training_section import TrainingSection
 from peftcli.training import resume, state
 from peftcli.training.batches import Window, to_batch, training_windows
@@ -180,9 +181,9 @@ class Trainer:
 
     def is_better(self, value: float, than: float, threshold: float = 0.0) -> bool:
         """Whether a value of the metric beats another by more than `threshold`."""
-        if self.metric == "eval_loss":
-            return value < than - threshold
-        return value > than + threshold
+        if higher_is_better(self.metric):
+            return value > than + threshold
+        return value < than - threshold
 
     def _windows(self, epoch: int) -> list[Window]:
         return training_windows(

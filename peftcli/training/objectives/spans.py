@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch  # noqa: TID253
 from torch import Tensor  # noqa: TID253
@@ -23,11 +24,7 @@ class SpanLoss(Objective):
         targets = batch["targets"]
         with self.autocast(targets.device):
             outputs = self.model(**inputs_of(batch))
-        hidden = batch["attention_mask"] == 0
-        start, end = (
-            logits.float().masked_fill(hidden, torch.finfo(torch.float32).min)
-            for logits in (outputs.start_logits, outputs.end_logits)
-        )
+        start, end = span_logits(outputs, batch)
         loss = (cross_entropy(start, targets[:, 0]) + cross_entropy(end, targets[:, 1])) / 2
         if not score:
             return loss
@@ -42,6 +39,14 @@ class SpanLoss(Objective):
         """By positions; `peft eval` compares texts, as SQuAD does."""
         _, count, exact, f1 = sums
         return {**super().metrics(sums), "eval_exact_match": exact / count, "eval_f1": f1 / count}
+
+
+def span_logits(outputs: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Of the first and the last token [B, T], padding out of the question."""
+    padding = batch["attention_mask"] == 0
+    lowest = torch.finfo(torch.float32).min
+    start, end = (logits.float().masked_fill(padding, lowest) for logits in (outputs.start_logits, outputs.end_logits))
+    return start, end
 
 
 def best_span(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
