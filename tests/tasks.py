@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data.families import family
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from training.tiny import tiny_llama
+from training.tiny import save_tiny_llama
 from transformers import (
     BertConfig,
     BertModel,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -88,13 +86,6 @@ def save_t5(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def save_llama(folder: Path) -> None:
-    tokenizer = family("chatml")
-    model: LlamaForCausalLM = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=128)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 @dataclass(frozen=True)
 class Row:
     """A task.
@@ -153,12 +144,12 @@ TASKS = {
         metric="eval_token_accuracy",
     ),
     "dpo": Row(
-        save_llama,
+        save_tiny_llama,
         lambda number: {"prompt": f"what {number}", "chosen": "fine thanks", "rejected": "hello world"},
         {"preference": {"loss": "dpo", "beta": 0.5}},
     ),
     "orpo": Row(
-        save_llama,
+        save_tiny_llama,
         lambda number: {"prompt": f"what {number}", "chosen": "fine thanks", "rejected": "hello world"},
         {"preference": {"loss": "orpo"}},
     ),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from training.tiny import disturbed
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -55,16 +56,6 @@ PEFT_0_13_KEYS = {
     *("revision", "target_modules", "task_type", "use_dora", "use_rslora"),
 }
 """What 0.13.0 knows of a LoRA config; it refuses files with any other key."""
-
-
-def trained(model: PeftModel, seed: int = 1) -> PeftModel:
-    """The adapter's tensors moved off their start."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
 
 
 def lora(**options: object) -> LoraConfig:
@@ -152,7 +143,7 @@ def test_unknown_model_type_needs_targets() -> None:
 def test_exactly_the_named_biases_are_trained_saved_and_switched(bias: str, tmp_path: Path) -> None:
     base = llama()
     twin = copy.deepcopy(base)
-    model = trained(get_peft_model(base, lora(bias=bias)))
+    model = disturbed(get_peft_model(base, lora(bias=bias)))
     names = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
     expected = {
         "none": set(),
@@ -194,7 +185,7 @@ def test_heads_of_a_task_are_trained_in_full() -> None:
 def test_modules_to_save_are_stored_plainly_and_switched(tmp_path: Path) -> None:
     base = llama()
     twin = copy.deepcopy(base)
-    model = trained(get_peft_model(base, lora(modules_to_save=["lm_head"])))
+    model = disturbed(get_peft_model(base, lora(modules_to_save=["lm_head"])))
     output = model(IDS).logits
     with model.disable_adapter():
         assert torch.equal(model(IDS).logits, twin(IDS).logits)
@@ -212,7 +203,7 @@ def test_modules_to_save_are_stored_plainly_and_switched(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_merging_into_one_of_two_tied_weights_unties_them(target: str, tmp_path: Path) -> None:
-    model = trained(get_peft_model(llama(tied=True), lora(target_modules=[target])))
+    model = disturbed(get_peft_model(llama(tied=True), lora(target_modules=[target])))
     expected = model(IDS).logits
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(IDS).logits, expected)
@@ -222,7 +213,7 @@ def test_merging_into_one_of_two_tied_weights_unties_them(target: str, tmp_path:
 
 
 def test_a_merge_elsewhere_keeps_the_tie() -> None:
-    merged = trained(get_peft_model(llama(tied=True), lora())).merge_and_unload()
+    merged = disturbed(get_peft_model(llama(tied=True), lora())).merge_and_unload()
     assert merged.config.tie_word_embeddings is True
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
 
@@ -232,10 +223,10 @@ def test_a_merge_elsewhere_keeps_the_tie() -> None:
 
 def test_names_that_contain_one_another_stay_apart(tmp_path: Path) -> None:
     model = get_peft_model(llama(), lora(), adapter_name="a1")
-    trained(model)
+    disturbed(model)
     model.add_adapter("a12", lora())
     model.set_adapter("a12")
-    trained(model, seed=2)
+    disturbed(model, seed=2)
     model.eval()
     outputs = {}
     for name in ("a1", "a12"):
@@ -287,7 +278,7 @@ def test_unknown_names_are_refused_by_name() -> None:
 
 
 def test_generation_with_an_adapter_for_each_row() -> None:
-    model = trained(get_peft_model(llama(), lora(init_lora_weights=False, lora_alpha=64))).eval()
+    model = disturbed(get_peft_model(llama(), lora(init_lora_weights=False, lora_alpha=64))).eval()
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": 2, "pad_token_id": 0}
     tuned = model.generate(IDS, **options)
     with model.disable_adapter():
@@ -325,7 +316,7 @@ def test_injected_without_a_wrapper() -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    trained(get_peft_model(llama(), lora())).save_pretrained(tmp_path / "adapter")
+    disturbed(get_peft_model(llama(), lora())).save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
@@ -401,7 +392,7 @@ def test_plain_adapters_hold_only_the_keys_of_peft_0_13(saved: Path) -> None:
 
 def test_two_saves_are_byte_identical(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        trained(get_peft_model(llama(), lora(target_modules=["v_proj", "q_proj", "k_proj"]))).save_pretrained(
+        disturbed(get_peft_model(llama(), lora(target_modules=["v_proj", "q_proj", "k_proj"]))).save_pretrained(
             tmp_path / name
         )
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -433,7 +424,7 @@ def test_embeddings_are_stored_only_when_tokens_were_added(tmp_path: Path) -> No
 
 def test_a_file_of_peft_0_13_that_lost_its_biases_is_loaded_with_a_warning(tmp_path: Path) -> None:
     """0.13 trains `lora_only` biases and does not save them; some missing and some there is still an error."""
-    trained(get_peft_model(llama(), lora(bias="lora_only"))).save_pretrained(tmp_path)
+    disturbed(get_peft_model(llama(), lora(bias="lora_only"))).save_pretrained(tmp_path)
     whole = load_file(tmp_path / "adapter_model.safetensors")
     biases = [name for name in whole if name.endswith("bias")]
     edit(tmp_path, lambda t: [t.pop(name) for name in biases[:1]])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from training.tiny import disturbed
 
 from peftcli import (
     CordaConfig,
@@ -40,15 +41,6 @@ def config(init: str | bool, **options: object) -> LoraConfig:
     return LoraConfig(target_modules=["0", "2"], init_lora_weights=init, **{"r": 4, "lora_alpha": 6, **options})
 
 
-def trained(model: PeftModel) -> PeftModel:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
 def test_pissa_is_the_best_approximation_of_its_rank() -> None:
     weight = torch.randn(16, 24) * torch.tensor([10.0, 8, 6, 4] + [0.5] * 12)[:, None]
     a, b = pissa(weight, 4, scaling=1.5)
@@ -69,7 +61,7 @@ def test_olora_starts_orthonormal() -> None:
 @pytest.mark.parametrize("rslora", [False, True])
 def test_saved_as_plain_lora_of_twice_the_rank(init: str, rslora: bool, tmp_path: Path) -> None:
     options = {"use_rslora": rslora, "rank_pattern": {"2": 2}, "alpha_pattern": {"0": 3}}
-    model = trained(get_peft_model(base(), config(init, **options)))
+    model = disturbed(get_peft_model(base(), config(init, **options)))
     expected = model(X)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -82,7 +74,7 @@ def test_saved_as_plain_lora_of_twice_the_rank(init: str, rslora: bool, tmp_path
 @pytest.mark.parametrize("init", FROM_BASE)
 def test_the_base_stays_as_it_was(init: str) -> None:
     """Another adapter beside it, and the bare base, are right: nothing was written over the weight."""
-    model = trained(get_peft_model(base(), config(init)))
+    model = disturbed(get_peft_model(base(), config(init)))
     with model.disable_adapter():
         assert torch.equal(model(X), base()(X))
     model.add_adapter("plain", config(True))
@@ -93,7 +85,7 @@ def test_the_base_stays_as_it_was(init: str) -> None:
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_raw_file_of_another_tool_gets_its_start_from_the_base(init: str, tmp_path: Path) -> None:
     """PEFT writes A and B with `init_lora_weights: pissa` and takes the start out of the base when it loads them."""
-    model = trained(get_peft_model(base(), config(init)))
+    model = disturbed(get_peft_model(base(), config(init)))
     expected = model(X)
     raw = config(init)
     raw.save_pretrained(tmp_path)
@@ -159,7 +151,7 @@ def test_loftq_comes_closer_than_quantising_alone(bits: int, alpha: int, tmp_pat
         alone = (quantize_dequantize(weight, bits) - weight).norm()
     assert ours < 0.9 * alone
     torch.testing.assert_close(quantize_dequantize(layer.base_layer.weight, bits), layer.base_layer.weight.detach())
-    trained(model).save_pretrained(tmp_path)
+    disturbed(model).save_pretrained(tmp_path)
     torch.testing.assert_close(PeftModel.from_pretrained(base(), tmp_path)(X), model(X))
 
 
@@ -215,7 +207,7 @@ def test_eva_starts_in_the_inputs_plane_and_deals_out_its_budget(tmp_path: Path)
     inside = first.lora_A["default"].weight[:2] @ vh[:2].T
     torch.testing.assert_close(inside.norm(dim=1), torch.ones(2), atol=0.02, rtol=0)
     assert first.scaling["default"] == pytest.approx(6 / 3)
-    trained(model).save_pretrained(tmp_path)
+    disturbed(model).save_pretrained(tmp_path)
     torch.testing.assert_close(PeftModel.from_pretrained(base(), tmp_path)(X), model(X))
 
 
@@ -232,7 +224,7 @@ def test_corda_changes_nothing_at_the_start_and_is_saved_as_plain_lora(method: s
     kept = inputs @ (1.5 * start.lora_B_start @ start.lora_A_start).T
     share = kept.norm() / (inputs @ plain.T).norm()
     assert share > 0.9 if method == "ipm" else share < 0.3
-    trained(peft).save_pretrained(tmp_path)
+    disturbed(peft).save_pretrained(tmp_path)
     torch.testing.assert_close(PeftModel.from_pretrained(base(), tmp_path)(X), peft(X))
 
 
@@ -256,7 +248,7 @@ def test_lora_ga_starts_in_the_gradient_and_changes_nothing(direction: str, scal
     _, _, vh = torch.linalg.svd(gradient, full_matrices=False)
     inside = (a @ vh[:4].T).norm(dim=1) / a.norm(dim=1)
     torch.testing.assert_close(inside, torch.ones(2), atol=1e-2, rtol=0)
-    trained(peft).save_pretrained(tmp_path)
+    disturbed(peft).save_pretrained(tmp_path)
     torch.testing.assert_close(PeftModel.from_pretrained(base(), tmp_path)(X), peft(X))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from training.tiny import disturbed
 
 from peftcli import LoraConfig, get_peft_model, replace_lora_weights_loftq
 
@@ -53,13 +54,7 @@ X = torch.linspace(-1, 1, 192).reshape(3, 64)
 
 
 def adapted(kind: str, **options: Any) -> Any:
-    model = get_peft_model(quantized(kind), LoraConfig(**{"r": 4, "target_modules": ["0", "2"], **options}))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return disturbed(get_peft_model(quantized(kind), LoraConfig(**{"r": 4, "target_modules": ["0", "2"], **options})))
 
 
 @pytest.mark.parametrize("kind", KINDS)

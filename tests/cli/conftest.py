@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from data.families import family
-from training.tiny import tiny_llama
+from training.tiny import save_tiny_llama
 
 from peftcli.cli import main
 
@@ -72,9 +71,7 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """The user's folder."""
-    tokenizer = family("chatml")
-    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    save_tiny_llama(tmp_path / "base")
     rows = [{"prompt": f"what {number}", "completion": "fine thanks"} for number in range(16)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "recipe.yaml").write_text(RECIPE)

@@ -10,7 +10,7 @@ import pytest
 from peftcli.errors import InputError
 from peftcli.evaluation import texts
 from peftcli.evaluation.estimates import Estimate, accuracy, macro_f1, mean, ratio, span_f1, spans
-from peftcli.evaluation.metrics import METRICS, TokenScores, Written, find, known_metrics, loss, perplexity
+from peftcli.evaluation.metrics import METRICS, TokenScores, Written, find, known_metrics, loss, perplexity, reaches
 from peftcli.evaluation.significance import SIGN, T, incomplete_beta, paired_test, sign_test, t_test
 
 
@@ -258,9 +258,10 @@ def test_a_difference_without_spread_is_certain_and_none_is_nothing() -> None:
 
 
 def test_thresholds_know_the_good_direction() -> None:
-    assert METRICS["exact_match"].reaches(0.6, 0.6) and not METRICS["exact_match"].reaches(0.59, 0.6)
-    assert METRICS["loss"].reaches(0.5, 0.6) and not METRICS["loss"].reaches(0.61, 0.6)
-    assert not any(metric.reaches(math.nan, 0.5) for metric in METRICS.values())
+    up, down = METRICS["exact_match"].higher_is_better, METRICS["loss"].higher_is_better
+    assert reaches(up, 0.6, 0.6) and not reaches(up, 0.59, 0.6)
+    assert reaches(down, 0.5, 0.6) and not reaches(down, 0.61, 0.6)
+    assert not any(reaches(metric.higher_is_better, math.nan, 0.5) for metric in METRICS.values())
 
 
 def test_each_metric_is_computed_from_one_thing() -> None:

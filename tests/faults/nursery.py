@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data.families import family
-from training.tiny import tiny_llama
+from training.tiny import save_tiny_llama
 
 from peftcli.training.callbacks import read_log
 
@@ -35,9 +34,7 @@ RESUME = ("train", "recipe.yaml", "--resume", "auto")
 
 def make_place(folder: Path) -> None:
     """A tiny base, data and a recipe."""
-    tokenizer = family("chatml")
-    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=64).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    save_tiny_llama(folder / "base", positions=64)
     rows = [{"prompt": f"what {'is ' * (number % 5)}{number}", "completion": "fine thanks"} for number in range(16)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "recipe.yaml").write_text(RECIPE)

@@ -16,7 +16,7 @@ from peftcli.recipe.schema import PreferenceSection
 from peftcli.training.objectives.classes import ClassLoss, TagLoss
 from peftcli.training.objectives.preference import DPOLoss, ORPOLoss
 from peftcli.training.objectives.spans import best_span
-from training.tiny import random_batch, tiny_llama
+from training.tiny import disturbed, random_batch, tiny_llama
 
 
 def pairs() -> dict[str, torch.Tensor]:
@@ -52,15 +52,6 @@ def adapted() -> torch.nn.Module:
     return get_peft_model(tiny_llama(), config).double()
 
 
-def trained_a_little(model: torch.nn.Module) -> torch.nn.Module:
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
@@ -74,7 +65,7 @@ def test_dpo_begins_at_log_2() -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_dpo_is_what_its_paper_says(smoothing: float) -> None:
-    model, batch = trained_a_little(adapted()), pairs()
+    model, batch = disturbed(adapted(), 5), pairs()
     found = DPOLoss(model, PreferenceSection(beta=0.3, label_smoothing=smoothing))(batch)
     found.backward()
     ours = gradients(model)
@@ -92,7 +83,7 @@ def test_dpo_is_what_its_paper_says(smoothing: float) -> None:
 
 
 def test_orpo_is_what_its_paper_says() -> None:
-    model, batch = trained_a_little(adapted()), pairs()
+    model, batch = disturbed(adapted(), 5), pairs()
     found = ORPOLoss(model, PreferenceSection(loss="orpo", beta=0.25))(batch)
     chosen, rejected = (sums / counts for sums, counts in (log_likelihoods(model, batch, p) for p in ("", "second_")))
     odds = [likelihood.exp() / (1 - likelihood.exp()) for likelihood in (chosen, rejected)]
@@ -101,7 +92,7 @@ def test_orpo_is_what_its_paper_says() -> None:
 
 
 def test_the_reference_leaves_no_trace() -> None:
-    model = trained_a_little(adapted()).train()
+    model = disturbed(adapted(), 5).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     DPOLoss(model, PreferenceSection())(pairs())
     assert model.training and all(module.training for module in model.modules())

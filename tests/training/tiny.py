@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from data.families import family
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -33,6 +34,23 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
         "initializer_range": 0.3,
     }
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides}))
+
+
+def save_tiny_llama(folder: Path, positions: int = 128) -> None:
+    """A base as a user has it, with a tokenizer that has a chat template."""
+    tokenizer = family("chatml")
+    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=positions).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def disturbed(model: nn.Module, seed: int = 1) -> nn.Module:
+    """The model with noise in everything it trains, so that nothing is zero any more."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
 
 
 def tiny_model(model_type: str, **settings: Any) -> nn.Module:
