@@ -330,9 +330,9 @@ def _download(name: str, subfolder: str | None, revision: str | None, hub: dict[
         root = snapshot_download(name, revision=revision, allow_patterns=patterns, **known)
     except Exception as error:  # the hub client has dozens of exception types, all of them mean the same here
         raise InputError(
-            f"Can't find '{CONFIG_NAME}' at '{printable(name)}'",
-            allowed="an adapter folder or the id of an adapter on the hub",
-            fix=f"{type(error).__name__}: {printable(error, 300)}",
+            f"Can't find '{CONFIG_NAME}' at '{printable(name)}': it is no folder here, and the hub answers: "
+            + printable(str(error).splitlines()[0]),
+            allowed="an adapter folder or the id of an adapter on the hub (OWNER/NAME)",
         ) from error
     return Path(root) / inside
 

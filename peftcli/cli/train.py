@@ -119,9 +119,10 @@ def command(
         return train_sweep.run(asked)
 
     from peftcli.recipe import yaml12
-    from peftcli.recipe.load import dump_recipe, load_recipe
+    from peftcli.recipe.load import build, dump_recipe, placed, read_tree
 
-    loaded = load_recipe(recipe, changes)
+    tree = read_tree(recipe, changes)
+    loaded = build(tree)
     if print_config:
         console.say(dump_recipe(loaded).rstrip(), limit=yaml12.MAX_BYTES)
     elif check:
@@ -132,7 +133,8 @@ def command(
         request = train_run.Request(
             loaded, str(recipe), overrides or [], extra, overwrite=overwrite, audit=not no_audit, as_json=as_json
         )
-        (train_run.rehearse if dry_run else train_run.run)(request)
+        with placed(tree):
+            (train_run.rehearse if dry_run else train_run.run)(request)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,26 @@ def build(root: Node, *, check_paths: bool = True) -> Recipe:
     if problems := [problem(location, text, root, fix=fix) for location, text, fix in found]:
         raise InputErrors(problems)
     return recipe
+
+
+@contextmanager
+def placed(root: Node) -> Iterator[None]:
+    """While open, what turns out only later to be wrong with a field (a base that isn't there) is told with its line."""
+    try:
+        yield
+    except InputErrors as errors:
+        raise InputErrors(_placed(error, root) for error in errors.problems) from errors
+    except InputError as error:
+        raise _placed(error, root) from error
+
+
+def _placed(error: InputError, root: Node) -> InputError:
+    """The error with the place of its field, where it has none and the field is a recipe's."""
+    field = error.field or ""
+    if error.place or field.partition(".")[0] not in Recipe.model_fields:
+        return error
+    place = root.nearest(field.split(".")).place
+    return InputError(error.problem, place=place, field=field, allowed=error.allowed, fix=error.fix)
 
 
 def dump_recipe(recipe: Recipe) -> str:

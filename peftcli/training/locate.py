@@ -60,5 +60,7 @@ def _snapshot(name: str, revision: str | None, files: list[str]) -> Path:
         if constants.is_offline_mode():
             problem = "is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it"
         else:
-            problem = f"can't be fetched from the hub: {printable(error)}"
+            problem = (
+                f"is not on this machine, and can't be fetched from the hub: {printable(str(error).splitlines()[0])}"
+            )
         raise refuse(problem, "fetch it where there is a network: hf download " + printable(name)) from error

@@ -96,7 +96,7 @@ class TestErrors:
         def fail(*_: object, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr("peftcli.recipe.load.load_recipe", fail)
+        monkeypatch.setattr("peftcli.recipe.load.read_tree", fail)
         console._console.cache_clear()
         code = main([*options, "train", "x.yaml"])
         console.show_tracebacks(False)

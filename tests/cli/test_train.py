@@ -67,6 +67,13 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_written(plac
     assert "adapter.target_modules" in said and "q_proj" in said and not (place / "run").exists()
 
 
+def test_what_only_the_model_shows_to_be_wrong_is_told_with_its_line(place: Path, here: Here) -> None:
+    recipe = place / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("all-linear", "[nope]"))
+    _, said = here.peft("train", "recipe.yaml", code=2)
+    assert "recipe.yaml:3:47: adapter.target_modules" in said and "override" not in said
+
+
 def test_arguments_for_a_launcher_that_is_not_there(place: Path, here: Here) -> None:
     _, said = here.peft("train", "recipe.yaml", "--", "--main_process_port", "29511", code=2)
     assert "no launcher" in said and not (place / "run").exists()
