@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
-from peftcli.adapters import checkpoint
+from peftcli.adapters import checkpoint, kv_cache
 from peftcli.adapters.attach import Placement, attach
 from peftcli.adapters.config import CONFIG_NAME, read_config
 from peftcli.adapters.engine import Attached, attached_to, embeddings
@@ -120,7 +120,7 @@ class Gate(nn.Module):
         context.gate_scalings = None
         if self.attached.disabled or self.name not in self.attached.active:
             return None
-        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+        if kwargs.get("use_cache") or kv_cache.given(kwargs) is not None:
             raise InputError("`use_cache` must be False: the gate reads the whole sequence", field="use_cache")
         scalings = self(self._first_pass(model, args, kwargs))
         self.latest = scalings.detach()

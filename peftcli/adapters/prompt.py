@@ -5,7 +5,6 @@ Nothing in the model is replaced but the heads its task trains: the prompt enter
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
+from peftcli.adapters import kv_cache
 from peftcli.adapters.attach import Placement, attach_copy, check_new
 from peftcli.adapters.config import TaskType
 from peftcli.adapters.engine import STATE, Attached, attached_to
@@ -168,6 +168,6 @@ def _hooks(attached: Attached, method: PromptMethod) -> list[tuple[nn.Module, Ho
 def _part_with_cache(model: Any) -> nn.Module:
     """The model, or what its head stands on, whichever takes a cache."""
     for module in (model, getattr(model, "base_model", model)):
-        if "past_key_values" in inspect.signature(module.forward).parameters:
+        if kv_cache.argument_of(module):
             return module
     raise InputError("Model does not support past key values which are required for prefix tuning.")

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
+from peftcli.adapters import kv_cache
 from peftcli.adapters.config import TaskType
 from peftcli.adapters.engine import Attached
 from peftcli.errors import InputError
@@ -109,7 +111,7 @@ class EmbeddingsHook(Hook):
     def change(self, module: nn.Module, inputs: Inputs, encoder: PromptEncoder) -> None:
         tokens, rows = encoder.tokens, _batch_size(inputs)
         extend_mask(inputs, TEXT, tokens, rows)
-        if is_filled(inputs.get("past_key_values")):  # the prompt is in there
+        if kv_cache.is_filled(kv_cache.given(inputs)):  # the prompt is in there
             shift(inputs, TEXT.positions, tokens)
             return
         self.prepend(inputs, TEXT, self.rows(encoder, rows))
@@ -151,7 +153,7 @@ class EncoderDecoderHook(Hook):
         if not encoder.reaches_decoder:
             return
         extend_mask(inputs, DECODER, tokens, rows)
-        if is_filled(inputs.get("past_key_values")):
+        if kv_cache.is_filled(kv_cache.given(inputs)):
             shift(inputs, DECODER.positions, tokens)
             return
         if inputs.get(DECODER.ids) is None and inputs.get(DECODER.embeds) is None:
@@ -176,10 +178,13 @@ class CacheHook(Hook):
         rows = _batch_size(inputs)
         extend_mask(inputs, self.stream, encoder.tokens, rows)
         shift(inputs, self.stream.positions, encoder.tokens)
-        cache: Any = inputs.get("past_key_values")
+        cache: Any = kv_cache.given(inputs)
         if cache is None:
-            cache = inputs["past_key_values"] = self._empty_cache(module)
-        if not is_filled(cache):
+            cache = self._empty_cache(module)
+            for name in kv_cache.NAMES:
+                inputs.pop(name, None)
+            inputs[str(kv_cache.argument_of(module))] = cache
+        if not kv_cache.is_filled(cache):
             own = getattr(cache, "self_attention_cache", cache)
             prompt = encoder().to(_compute_dtype(module))
             for layer, pair in enumerate(encoder.method.key_values(prompt)):
@@ -187,9 +192,9 @@ class CacheHook(Hook):
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Inputs, output: Any) -> Any:
         """The output without the prompt's cache, where the caller has no use for one; a forward hook."""
-        if kwargs.get("use_cache") is not False or "past_key_values" not in output:
+        if kwargs.get("use_cache") is not False or not isinstance(output, Mapping):
             return output
-        return type(output)(**{name: value for name, value in output.items() if name != "past_key_values"})
+        return type(output)(**kv_cache.without(output))
 
     def _empty_cache(self, module: Any) -> Any:
         from transformers import DynamicCache, EncoderDecoderCache
@@ -206,11 +211,6 @@ def require_cache(module: nn.Module, method: str) -> None:
     """Refuse gradient checkpointing: transformers' layers then drop the cache, and the prompt with it."""
     if any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
         raise InputError(f"{method} does not work with gradient checkpointing.", field="gradient_checkpointing")
-
-
-def is_filled(cache: Any) -> bool:
-    """Whether a cache holds anything."""
-    return cache is not None and cache.get_seq_length() > 0
 
 
 def extend_mask(inputs: Inputs, stream: Stream, tokens: int, rows: int, *, unless: int | None = None) -> None:

@@ -12,6 +12,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from peftcli import PeftModel, get_peft_model
+from peftcli.adapters import kv_cache
 from peftcli.adapters.registry import config_class
 
 VOCAB, TOKENS = 40, 3
@@ -176,7 +177,7 @@ def write_words(model: PeftModel, *, decoder: Tensor = WORDS) -> None:
 
 def write_cache(model: PeftModel, bare: Any) -> None:
     """Make the prefix what the bare decoder keeps of real words."""
-    cache = bare(WORDS.unsqueeze(0), use_cache=True).past_key_values
+    cache = kv_cache.given(bare(WORDS.unsqueeze(0), use_cache=True))
     with torch.no_grad():
         states = torch.stack([state for layer in cache.layers for state in (layer.keys[0], layer.values[0])])
         rows = states.permute(2, 0, 1, 3).flatten(1)  # [tokens, 2 layers * heads * head_dim]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from prompts import BASES, LANGUAGE_MODELS, ROWS, TOKENS, WORDS, Base, Row, write_cache, write_words
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,6 +27,7 @@ from peftcli import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peftcli.adapters import kv_cache
 from peftcli.errors import InputError
 from peftcli.recipe.adapter_section import AdapterSection
 from peftcli.recipe.schema import Recipe
@@ -297,8 +299,41 @@ def test_a_cache_may_be_carried_on_by_hand(row: Row) -> None:
     model, _, inputs = adapted(row, BASES[0])
     ids = inputs["input_ids"][:1]
     first = model(input_ids=ids[:, :3], use_cache=True)
-    second = model(input_ids=ids[:, 3:], attention_mask=torch.ones(1, 5), past_key_values=first.past_key_values)
+    cache = {kv_cache.argument_of(model.get_base_model()): kv_cache.given(first)}
+    second = model(input_ids=ids[:, 3:], attention_mask=torch.ones(1, 5), **cache)
     assert_equal([second.logits], [model(input_ids=ids).logits[:, -2:]], exact=False)
+
+
+class CalledCache(hf.LlamaForCausalLM):
+    """A model whose author knows only transformers' new name for the cache, whatever the version."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, **others):
+        own = {kv_cache.argument_of(super()): cache}
+        return super().forward(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **own, **others)
+
+
+class CalledPastKeyValues(hf.LlamaForCausalLM):
+    """The same with the old name."""
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, **others
+    ):
+        own = {kv_cache.argument_of(super()): past_key_values}
+        return super().forward(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **own, **others)
+
+
+@pytest.mark.parametrize("row", [ROWS[0], ROWS[5]], ids=str)
+@pytest.mark.parametrize("spelling", [CalledCache, CalledPastKeyValues])
+def test_either_name_of_the_cache_will_do(row: Row, spelling: type[hf.LlamaForCausalLM]) -> None:
+    model, _, inputs = adapted(row, BASES[0])
+    expected = model(**inputs).logits
+    model.get_base_model().__class__ = spelling
+    assert torch.equal(model(**inputs).logits, expected)
+    ids, name = inputs["input_ids"][:1], kv_cache.argument_of(model.get_base_model())
+    first = model(input_ids=ids[:, :3], use_cache=True)
+    second = model(input_ids=ids[:, 3:], attention_mask=torch.ones(1, 5), **{name: kv_cache.given(first)})
+    assert_equal([second.logits], [model(input_ids=ids).logits[:, -2:]], exact=False)
+    assert name == {CalledCache: "cache", CalledPastKeyValues: "past_key_values"}[spelling]
 
 
 def test_static_caches_are_refused() -> None:

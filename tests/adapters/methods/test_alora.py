@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftcli import LoraConfig, PeftModel, get_peft_model
+from peftcli.adapters import kv_cache
 from peftcli.errors import InputError
 
 IDS = torch.tensor([[3, 7, 8, 1, 7, 8, 2], [9, 3, 2, 5, 7, 8, 8], [4, 4, 6, 8, 7, 3, 7]])
@@ -52,8 +53,8 @@ def test_the_cache_of_the_bare_base_serves_the_adapter() -> None:
     model = alora()
     expected = model(IDS[:1]).logits
     with model.disable_adapter():
-        cache = model(IDS[:1, :4], use_cache=True).past_key_values
-    continued = model(IDS[:1, 4:], past_key_values=cache).logits
+        cache = kv_cache.given(model(IDS[:1, :4], use_cache=True))
+    continued = model(IDS[:1, 4:], **{kv_cache.argument_of(model.get_base_model()): cache}).logits
     torch.testing.assert_close(continued, expected[:, 4:], atol=1e-5, rtol=1e-5)
 
 
