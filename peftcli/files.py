@@ -11,8 +11,18 @@ from typing import Any, BinaryIO
 
 from peftcli.errors import InputError, printable
 
+CACHE = "PEFTCLI_CACHE"
+"""Environment variable that names the folder of what can be made again; $XDG_CACHE_HOME/peftcli or ~/.cache/peftcli when unset."""
 MAX_JSON_BYTES = 8 << 20
 MAX_DIGITS = 40  # of an integer in JSON; 2**64 has 20, and Python needs quadratic time for thousands
+
+
+def cache_folder() -> Path:
+    """Where converted bases and tokenised data are kept; it may not exist yet."""
+    if chosen := os.environ.get(CACHE):
+        return Path(chosen)
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "peftcli"
 
 
 def open_regular(path: Path) -> BinaryIO:

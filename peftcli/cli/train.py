@@ -58,7 +58,8 @@ def command(
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check the recipe: needs no torch.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Do everything up to training, show tokens and memory, write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Do everything up to training, show tokens and memory; write no run folder."),
     ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the recipe's JSON schema, for editors.")] = False,
     print_config: Annotated[

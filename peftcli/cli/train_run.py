@@ -141,7 +141,9 @@ def _to_store(recipe: Recipe) -> Recipe:
 
 def _set_up(request: Request, data_folder: Path) -> Setup:
     """Everything that can be found out before training; what can fail soonest comes first."""
-    from peftcli.data.prepare import prepare
+    from peftcli.data.cache import prepare_cached
+    from peftcli.data.cache_key import DataKey
+    from peftcli.training.base_checks import whole_number
     from peftcli.training.callbacks import require_trackers
     from peftcli.training.model import load_tokenizer, open_base
     from peftcli.training.optimizers import check_optimizer
@@ -156,19 +158,20 @@ def _set_up(request: Request, data_folder: Path) -> Setup:
         check_installed()
     require_trackers(recipe.training.report_to)
     check_optimizer(recipe.training)
-    check_quantization(recipe.quantization, open_base(recipe.model).facts)
+    facts = open_base(recipe.model).facts
+    check_quantization(recipe.quantization, facts)
     model = outline(recipe)
     tokenizer = load_tokenizer(recipe.model)
     with _progress() as progress:
-        prepared = prepare(
+        key = DataKey(
             recipe.data,
             tokenizer,
-            folder=data_folder,
             seed=recipe.training.seed,
             task=task_of(recipe),
             labels=recipe.model.labels,
-            progress=progress,
+            vocab_size=whole_number(facts, "vocab_size"),
         )
+        prepared = prepare_cached(key, folder=data_folder, progress=progress)
     if prepared.report.labels != recipe.model.labels:  # the data's own
         section = recipe.model.model_copy(update={"labels": prepared.report.labels})
         recipe = recipe.model_copy(update={"model": section})

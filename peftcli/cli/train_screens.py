@@ -103,6 +103,7 @@ def _data(setup: Setup) -> Iterator[tuple[str, str]]:
         if task_of(setup.request.recipe) not in ("CAUSAL_LM", "preference"):
             form = source.format
         yield "from", f"{source.path} ({form}, {source.rows:,} rows)"
+    yield "cache", setup.prepared.cache
 
 
 def _part(part: PartReport) -> str:

@@ -13,7 +13,7 @@ from peftcli.data.encoder import Encoder
 from peftcli.data.formats import FORMATS, detect, parse_row
 from peftcli.data.part import Part
 from peftcli.data.report import DataReport, PartReport, SourceReport, choose_pad, warnings
-from peftcli.data.sources import read_source
+from peftcli.data.sources import PART_SPLITS, read_source
 from peftcli.data.task_encoders import ENCODERS, TaskEncoder
 from peftcli.data.tokens import TaskSample, TokenDataset, is_learnt
 from peftcli.errors import InputError, printable
@@ -30,15 +30,34 @@ Progress: TypeAlias = Callable[[str, int], None]
 """Called with a source's path and the number of its rows done."""
 
 ROWS_PER_REPORT = 100
+TRAIN, EVAL, AUDIT = WRITTEN = ("train.safetensors", "eval.safetensors", "audit.json")
+"""What `prepare` writes; the second only where there is evaluation data."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenised data and what is known about it."""
+    """Tokenised data and what is known about it.
+
+    Args:
+        train, eval: the samples.
+        report: the audit and all counts.
+        cache: what was done with the cache of tokenised data, for people.
+    """
 
     train: TokenDataset
     eval: TokenDataset | None
     report: DataReport
+    cache: str = ""
+
+    @classmethod
+    def load(cls, folder: Path) -> Prepared:
+        """Read what `prepare` wrote."""
+        train, held_out, audit = (folder / name for name in WRITTEN)
+        return cls(
+            TokenDataset.load(train),
+            TokenDataset.load(held_out) if held_out.exists() else None,
+            DataReport.load(audit),
+        )
 
 
 def prepare(
@@ -52,7 +71,7 @@ def prepare(
     vocab_size: int | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Read, check and tokenise everything; write `train.safetensors`, `eval.safetensors` and `audit.json`.
+    """Read, check and tokenise everything; write the files of `WRITTEN`.
 
     Args:
         data: the recipe's section, paths absolute.
@@ -70,11 +89,11 @@ def prepare(
     encoder = _encoder(task, tokenizer, data, labels)
     read = _Reader(data, task, encoder, bool(tokenizer.chat_template), progress).read
     generator = np.random.default_rng(seed)
-    train, held_out = read("train", data.train, ("train",)), None
+    train, held_out = read("train", data.train), None
     if isinstance(data.eval, tuple):
         if encoder.labels:
             encoder.labels.close()
-        held_out = read("eval", data.eval, ("validation", "test"))
+        held_out = read("eval", data.eval)
     elif data.eval is not None:
         train, held_out = train.split(data.eval.split, generator)
     names = _settle([part for part in (train, held_out) if part], encoder, tokenizer)
@@ -152,11 +171,11 @@ def _report(
 
 
 def _write(prepared: Prepared, folder: Path) -> None:
-    prepared.train.save(folder / "train.safetensors")
-    (folder / "eval.safetensors").unlink(missing_ok=True)  # of an earlier run that this one overwrites
+    prepared.train.save(folder / TRAIN)
+    (folder / EVAL).unlink(missing_ok=True)  # of an earlier run that this one overwrites
     if prepared.eval is not None:
-        prepared.eval.save(folder / "eval.safetensors")
-    prepared.report.save(folder / "audit.json")
+        prepared.eval.save(folder / EVAL)
+    prepared.report.save(folder / AUDIT)
 
 
 class _Reader:
@@ -173,7 +192,7 @@ class _Reader:
         self._data, self._task, self._encoder = data, task, encoder
         self._has_template, self._progress = has_template, progress
 
-    def read(self, name: str, sources: tuple[DataSource, ...], splits: tuple[str, ...]) -> Part:
+    def read(self, name: str, sources: tuple[DataSource, ...]) -> Part:
         """All samples of the training or evaluation data.
 
         Raises:
@@ -181,9 +200,7 @@ class _Reader:
                 or no sample left; `field` names the part.
         """
         part = Part(name)
-        part.dataset = TokenDataset.from_samples(
-            sample for source in sources for sample in self._samples(part, source, splits)
-        )
+        part.dataset = TokenDataset.from_samples(sample for source in sources for sample in self._samples(part, source))
         part.refuse_overlong(self._data.max_length)
         if not len(part.dataset):
             raise part.nothing_left()
@@ -191,14 +208,14 @@ class _Reader:
             part.dataset.tasks = np.array([sources[index].task for index in part.source_of], np.int64)
         return part
 
-    def _samples(self, part: Part, source: DataSource, splits: tuple[str, ...]) -> Iterator[Sample | TaskSample]:
+    def _samples(self, part: Part, source: DataSource) -> Iterator[Sample | TaskSample]:
         """The samples of one source, noted in `part` as they pass."""
         report = SourceReport(source.path)
         part.sources.append(report)
         part.weights.append(source.weight)
         place = f"data.{part.name}"
         try:
-            for row in read_source(source, splits):
+            for row in read_source(source, PART_SPLITS[part.name]):
                 if not report.rows:
                     self._settle(report, source, row)
                 report.rows += 1

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftcli.data.audit import Fact
 from peftcli.errors import printable
 from peftcli.lazy import numpy as np
 
 if TYPE_CHECKING:
-    from peftcli.data.audit import Fact
     from peftcli.data.encoder import Notes
     from peftcli.data.part import Part
     from peftcli.data.tokens import Sample, TaskSample
@@ -124,6 +124,16 @@ class DataReport:
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> DataReport:
+        """Read what `save` wrote."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["audit"] = [Fact(**fact) for fact in values["audit"]]
+        for name in ("train", "eval"):
+            if part := values[name]:
+                values[name] = PartReport(**{**part, "sources": [SourceReport(**source) for source in part["sources"]]})
+        return cls(**values)
 
 
 def choose_pad(tokenizer: Any) -> int:

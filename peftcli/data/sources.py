@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftcli.data.readers import READERS, ROWS_PER_BATCH, Row, is_data_file, read_file
 from peftcli.errors import InputError, printable
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
 """Split -> how names of its files begin."""
+PART_SPLITS = {"train": ("train",), "eval": ("validation", "test")}
+"""Part of the data -> the splits to take where a source names none, best first."""
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # beside saved data sets
 
 
@@ -32,15 +34,32 @@ def read_source(source: DataSource, splits: tuple[str, ...]) -> Iterator[Row]:
         yield _renamed(row, source.columns) if source.columns else row
 
 
-def _rows(source: DataSource, splits: tuple[str, ...]) -> Iterator[Row]:
+def source_files(source: DataSource, splits: tuple[str, ...]) -> list[Path]:
+    """The files that hold the rows of one source, in their order; of a hub data set those in the library's cache.
+
+    Raises:
+        InputError: as `read_source`, as far as it can be told without reading rows.
+    """
+    files = _local_files(source, splits)
+    if files is None:
+        files = [Path(part["filename"]) for part in _hub_table(source, splits)[1].cache_files]
+    return files
+
+
+def _local_files(source: DataSource, splits: tuple[str, ...]) -> list[Path] | None:
+    """None for a data set of the hub."""
     path = Path(source.path)
     if path.is_dir():
-        for file in _files(path, source.split, splits):
-            yield from read_file(file)
-    elif path.is_absolute() or path.exists() or is_data_file(path):
-        yield from read_file(path)
-    else:
+        return _files(path, source.split, splits)
+    return [path] if path.is_absolute() or path.exists() or is_data_file(path) else None
+
+
+def _rows(source: DataSource, splits: tuple[str, ...]) -> Iterator[Row]:
+    files = _local_files(source, splits)
+    if files is None:
         yield from _hub_rows(source, splits)
+    for file in files or ():
+        yield from read_file(file)
 
 
 def _renamed(row: Row, columns: dict[str, str]) -> Row:
@@ -94,23 +113,28 @@ def _split_of(file: Path) -> str:
     return ""
 
 
-def _hub_rows(source: DataSource, splits: tuple[str, ...]) -> Iterator[Row]:
-    """Rows of a hub data set, taken as Arrow so that images and audio are never decoded."""
+def _hub_table(source: DataSource, splits: tuple[str, ...]) -> tuple[str, Any]:
+    """The split that is taken of a hub data set, and the set itself."""
     import datasets
 
     try:
         available = datasets.get_dataset_split_names(source.path, source.name)
         wanted = (source.split,) if source.split else splits
         split = next((name for name in wanted if name in available), wanted[0])
-        table = datasets.load_dataset(source.path, source.name, split=split).with_format("arrow")
+        return split, datasets.load_dataset(source.path, source.name, split=split)
     except Exception as error:  # the hub library raises whatever its network and file layers do
         raise InputError(
             f"is no file or folder here, and can't be loaded as a data set of the hub: {printable(error)}",
             place=source.path,
             fix="check the path (it starts in the recipe's folder), the name, the configuration and the split",
         ) from error
+
+
+def _hub_rows(source: DataSource, splits: tuple[str, ...]) -> Iterator[Row]:
+    """Rows of a hub data set, taken as Arrow so that images and audio are never decoded."""
+    split, table = _hub_table(source, splits)
     number = 0
-    for batch in table.iter(ROWS_PER_BATCH):
+    for batch in table.with_format("arrow").iter(ROWS_PER_BATCH):
         for values in batch.to_pylist():
             number += 1
             yield Row(f"{source.path}[{split}]: row {number}", values)

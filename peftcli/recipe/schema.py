@@ -162,6 +162,8 @@ class DataSection(Section):
     other; a batch is that many rows. Steps are of equal size whatever the samples' lengths are."""
     loss_on: Literal["all", "completion", "assistant", "last_assistant"] = "assistant"
     """Tokens that are learnt."""
+    cache: bool = True
+    """Keep tokenised data for the next run with the same files, tokenizer and settings (in $PEFTCLI_CACHE/data)."""
     apply_chat_template: bool = True
     """Write prompt/completion and alpaca rows as turns of the tokenizer's chat template, if it has one; else as plain
     text. Conversations always go through the template, running text never does."""

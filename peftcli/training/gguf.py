@@ -21,14 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.errors import InputError, RunError, printable
-from peftcli.files import open_regular
+from peftcli.files import cache_folder, open_regular
 from peftcli.training.quiet import quiet_transformers
 from peftcli.training.tokenizer import choose_pad
 
 PACKAGE = "package:"
-CACHE = "PEFTCLI_CACHE"
-"""Environment variable that names the cache folder; ~/.cache/peftcli when unset."""
-
 FORMAT = 1
 """Part of the cache key: a conversion that gives something else has another number."""
 
@@ -80,7 +77,7 @@ def converted(file: Path) -> Path:
         InputError: if the file is no GGUF model transformers knows.
         RunError: if the cache can't be written.
     """
-    folder = _cache() / _key(file)
+    folder = cache_folder() / "bases" / _key(file)
     if folder.is_dir():
         return folder
     partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
@@ -110,11 +107,6 @@ def _umask() -> int:
     value = os.umask(0)
     os.umask(value)
     return value
-
-
-def _cache() -> Path:
-    chosen = os.environ.get(CACHE)
-    return (Path(chosen) if chosen else Path.home() / ".cache" / "peftcli") / "bases"
 
 
 def _key(file: Path) -> str:

@@ -102,6 +102,27 @@ def test_two_processes_learn_what_one_does(place: Path, here: Here) -> None:
             assert abs(here.get(name, 0) - there.get(name, 0)) < 1e-4
 
 
+def test_a_second_run_takes_its_data_from_the_cache_and_is_the_same(place: Path, here: Here) -> None:
+    """Also when the loop packs them; a changed row is tokenised anew."""
+    shown = [here.peft("train", "recipe.yaml", "--output-dir", name)[0] for name in ("first", "second")]
+    assert "  cache    kept in " in shown[0] and "  cache    data from cache " in shown[1]
+    for name in ("data/train.safetensors", "data/eval.safetensors", "data/audit.json", "adapter_model.safetensors"):
+        assert (place / "first" / name).read_bytes() == (place / "second" / name).read_bytes()
+    curves = [
+        [
+            {name: value for name, value in json.loads(line).items() if name not in ("tokens_per_second", "memory")}
+            for line in (place / name / "log.jsonl").read_text().splitlines()
+        ]
+        for name in ("first", "second")
+    ]
+    assert curves[0] == curves[1] and len(curves[0]) > 4
+    assert "data from cache" in here.peft("train", "recipe.yaml", "--dry-run", "data.packing=bfd")[0]
+    assert "off: data.cache is false" in here.peft("train", "recipe.yaml", "--dry-run", "data.cache=false")[0]
+    text = (place / "train.jsonl").read_text()
+    (place / "train.jsonl").write_text(text.replace("what 3", "what 4"))
+    assert "data from cache" not in here.peft("train", "recipe.yaml", "--dry-run")[0]
+
+
 def test_sigterm_saves_and_exits_with_143(place: Path) -> None:
     endless = ["training.max_steps=100000", "training.eval_strategy=no", "training.save_strategy=no"]
     process = subprocess.Popen(

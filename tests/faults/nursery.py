@@ -44,7 +44,7 @@ class Nursery:
     """Forks runs of `peft` from one process that has imported everything."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "PEFTCLI_CACHE": "cache"}
         tests = str(Path(__file__).parents[1])
         environment["PYTHONPATH"] = os.pathsep.join([tests, *filter(None, [environment.get("PYTHONPATH")])])
         self._server = subprocess.Popen(

@@ -21,7 +21,8 @@ def survive(nursery: Nursery, place: Path, whole: dict[str, Any], *kills: dict[s
     Returns:
         How many were killed; the last may have ended before it was its turn.
     """
-    shutil.rmtree(place / "run", ignore_errors=True)
+    for name in ("run", "cache"):  # the cache is written to as well
+        shutil.rmtree(place / name, ignore_errors=True)
     killed = 0
     for how in kills:
         done = nursery.peft(place, *RESUME, **how)
