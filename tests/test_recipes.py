@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli.conftest import peft
+from training.tiny import save_tiny_llama
 
+from peftcli.cli import main
 from peftcli.recipe.load import dump_recipe, load_recipe
 
 PROJECT = Path(__file__).parents[1]
@@ -54,3 +57,21 @@ def test_quickstart_holds_out_compositions_not_only_sentences() -> None:
     services = {service for _, service in pairs(train)}
     unseen = [item for item in test if item["assistant"].split("@")[0].split()[1] not in services]
     assert len(unseen) == len(test) // 2
+
+
+def test_lora_ddp_is_planned_for_eight_and_its_twin_trained_by_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny_llama(tmp_path / "base", positions=1024)
+    monkeypatch.chdir(tmp_path)
+    twin = ["train", str(PROJECT / "recipes/lora-ddp.yaml"), "model.name_or_path=base", "training.max_steps=2"]
+    source = {"path": str(DATA / "quickstart-train.jsonl"), "max_samples": 64}
+    twin += ["model.dtype=auto", "data.max_length=512", "data.eval=null", f"data.train=[{json.dumps(source)}]"]
+    assert main([*twin, "--dry-run", "--", "--tee", "3"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "batch 1 x 4 accumulated x 8 processes" in shown and "memory on cpu" in shown
+    worker = f"--module peftcli.training.worker {tmp_path / 'out/lora-ddp'}"
+    assert f"ddp.yaml --num_processes 8 --tee 3 {worker}" in shown
+    peft(*twin, "launcher.num_processes=2", cwd=tmp_path)
+    result = json.loads((tmp_path / "out/lora-ddp/result.json").read_text())
+    assert result["steps"] == 2 and result["difference"] == 0

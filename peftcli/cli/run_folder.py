@@ -19,6 +19,8 @@ RECIPE = "recipe.yaml"
 DATA = "data"
 SWEEP = "sweep"
 """The runs of a sweep of the recipe that names the folder, each with a folder of its own."""
+MACHINES = "machine-*"
+"""What other machines prepare (launchers.machines.machine_folder)."""
 TRAINED = ("checkpoint-*", "adapter_model.safetensors", "model*.safetensors")
 """What a run was made for; a folder without it can be used again."""
 WRITTEN = (
@@ -43,7 +45,8 @@ def require_usable(folder: Path, *, overwrite: bool, resume: bool) -> None:
     Raises:
         InputError: saying which option would help.
     """
-    if not folder.exists() or all(path.name == SWEEP or is_temporary(path) for path in folder.iterdir()):
+    others = (SWEEP, *(path.name for path in folder.glob(MACHINES)))
+    if not folder.exists() or all(path.name in others or is_temporary(path) for path in folder.iterdir()):
         return
     if not (folder / RECIPE).is_file():
         raise InputError(

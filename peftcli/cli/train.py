@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from peftcli.cli import console
-from peftcli.errors import InputError
+from peftcli.errors import InputError, printable
 
 if TYPE_CHECKING:
     from peftcli.recipe.schema import Recipe
@@ -77,6 +77,13 @@ def command(
     no_audit: Annotated[
         bool, typer.Option("--no-audit", help="Train even on data that the audit would refuse.")
     ] = False,
+    emit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="commands|slurm",
+            help="Print what to start on each machine, a line for each, or a script for sbatch; then stop.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write the result as one JSON value to stdout.")] = False,
     sweep: Annotated[
         list[str] | None,
@@ -128,6 +135,14 @@ def command(
         console.say(dump_recipe(loaded).rstrip(), limit=yaml12.MAX_BYTES)
     elif check:
         _say_checked(recipe, loaded, as_json)
+    elif emit is not None:
+        switches = {"--overwrite": overwrite, "--no-audit": no_audit, "--json": as_json}
+        _emit(
+            emit,
+            loaded,
+            ["peft", "train", str(recipe), *changes, *(name for name, on in switches.items() if on)],
+            extra,
+        )
     else:
         from peftcli.cli import train_run
 
@@ -137,6 +152,15 @@ def command(
         with placed(tree):
             (train_run.rehearse if dry_run else train_run.run)(request)
     return 0
+
+
+def _emit(form: str, recipe: Recipe, command: list[str], extra: list[str]) -> None:
+    from peftcli.launchers import machines
+
+    writers = {"commands": machines.commands, "slurm": machines.slurm}
+    if form not in writers:
+        raise InputError(f"there is no form {printable(repr(form))}", field="--emit", allowed=", ".join(writers))
+    console.say(writers[form](recipe, command, extra))
 
 
 def _say_checked(path: Path, recipe: Recipe, as_json: bool) -> None:

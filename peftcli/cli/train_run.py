@@ -16,6 +16,7 @@ from peftcli.errors import InputError
 from peftcli.launchers import command as launcher_command
 from peftcli.launchers import configs as launcher_configs
 from peftcli.launchers.deepspeed import check_installed
+from peftcli.launchers.machines import machine_folder, require_meeting_point
 from peftcli.launchers.run import run as run_processes
 from peftcli.launchers.run import worker_arguments
 from peftcli.recipe.load import dump_recipe
@@ -64,6 +65,7 @@ class Setup:
         processes: how many there will be.
         launcher: the strategy's file, completed.
         memory: what each process will need.
+        command: what starts the worker; None where it runs in this process.
     """
 
     request: Request
@@ -73,6 +75,7 @@ class Setup:
     processes: int
     launcher: dict[str, Any]
     memory: MemoryPlan | None
+    command: launcher_command.Command | None
 
 
 def rehearse(request: Request) -> None:
@@ -86,6 +89,7 @@ def rehearse(request: Request) -> None:
                     "model": asdict(setup.outline),
                     "data": asdict(setup.prepared.report),
                     "memory": asdict(setup.memory) if setup.memory else None,
+                    "command": asdict(setup.command) if setup.command else None,
                 }
             )
             _require_sound(setup)
@@ -104,23 +108,35 @@ def run(request: Request) -> None:
     """
     training, launcher = request.recipe.training, request.recipe.launcher
     folder, resume = Path(training.output_dir), training.resume_from_checkpoint
-    in_process = launcher_command.in_process(launcher)
-    if in_process and request.launcher_arguments:
-        raise InputError("no launcher is used that could take these arguments", place="after `--`")
-    run_folder.require_usable(folder, overwrite=request.overwrite, resume=resume is not None)
-    with run_folder.prepared(folder) as made:
+    machine = launcher.machine_rank or 0
+    own = machine_folder(folder, machine)
+    replace_own = request.overwrite or machine > 0  # what another machine prepares there is for one start only
+    run_folder.require_usable(own, overwrite=replace_own, resume=resume is not None)
+    with run_folder.prepared(own) as made:
         setup = _set_up(request, made / run_folder.DATA)
         if not request.as_json:
             train_screens.show(setup)
         _require_sound(setup)
         launcher_configs.write(made / run_folder.DATA, setup.launcher)
         text = dump_recipe(_to_store(setup.request.recipe))
-        with run_folder.installed(made, folder, text, overwrite=resume is None):
-            result = _in_this_process(request, folder, resume) if in_process else _launched(request, folder, resume)
-    if request.as_json:
+        with run_folder.installed(made, own, text, overwrite=resume is None or machine > 0):
+            result = _in_this_process(request, folder, resume) if setup.command is None else None
+            if setup.command is not None:
+                run_processes(setup.command, own, quiet=request.as_json)
+                result = _written(folder) if machine == 0 else None
+    if result is None:
+        _say_done_elsewhere(machine, request.as_json)
+    elif request.as_json:
         console.say_json(asdict(result))
     else:
         train_screens.show_result(request.file, result)
+
+
+def _say_done_elsewhere(machine: int, as_json: bool) -> None:
+    if as_json:
+        console.say_json({"machine": machine, "ok": True})
+    else:
+        console.say(f"machine {machine} is done; machine 0 has written the results")
 
 
 def _require_sound(setup: Setup) -> None:
@@ -152,6 +168,8 @@ def _set_up(request: Request, data_folder: Path) -> Setup:
     from peftcli.training.quantized import check_quantization
 
     recipe = request.recipe
+    require_meeting_point(recipe.launcher)
+    command = _command(request)
     processes = launcher_command.processes(recipe.launcher)
     launcher = launcher_configs.resolve(recipe, processes)
     if recipe.launcher.type == "deepspeed":
@@ -177,7 +195,7 @@ def _set_up(request: Request, data_folder: Path) -> Setup:
         recipe = recipe.model_copy(update={"model": section})
         request, model = replace(request, recipe=recipe), outline(recipe)
     memory = plan_memory(recipe, prepared.train, prepared.eval, processes=processes)
-    return Setup(request, tokenizer, model, prepared, processes, launcher, memory)
+    return Setup(request, tokenizer, model, prepared, processes, launcher, memory, command)
 
 
 def _in_this_process(request: Request, folder: Path, resume: str | None) -> RunResult:
@@ -188,14 +206,25 @@ def _in_this_process(request: Request, folder: Path, resume: str | None) -> RunR
     return result
 
 
-def _launched(request: Request, folder: Path, resume: str | None) -> RunResult:
+def _written(folder: Path) -> RunResult:
     from peftcli.training.publish import RunResult
 
-    command = launcher_command.command(
-        request.recipe.launcher, worker_arguments(folder, resume), request.launcher_arguments, base=os.environ
-    )
-    run_processes(command, folder, quiet=request.as_json)
     return RunResult.read(folder)
+
+
+def _command(request: Request) -> launcher_command.Command | None:
+    """What starts the worker, or None where it runs in this process.
+
+    Raises:
+        InputError: arguments for a launcher were typed that is not used.
+    """
+    launcher, training = request.recipe.launcher, request.recipe.training
+    if launcher_command.in_process(launcher):
+        if request.launcher_arguments:
+            raise InputError("no launcher is used that could take these arguments", place="after `--`")
+        return None
+    arguments = worker_arguments(Path(training.output_dir), training.resume_from_checkpoint)
+    return launcher_command.command(launcher, arguments, request.launcher_arguments, base=os.environ)
 
 
 @contextmanager

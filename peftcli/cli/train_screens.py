@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -119,13 +120,18 @@ def _plan(setup: Setup) -> Iterator[tuple[str, str]]:
     training, data = setup.request.recipe.training, setup.request.recipe.data
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     packed = f", rows of {data.max_length} tokens packed by {data.packing}" if data.packing != "none" else ""
-    yield "batch", f"{batch} x {accumulation} accumulated x {setup.processes} processes{packed}"
+    launcher = setup.request.recipe.launcher
+    machines = f" on {launcher.num_machines} machines, this is {launcher.machine_rank}" * (launcher.num_machines > 1)
+    yield "batch", f"{batch} x {accumulation} accumulated x {setup.processes} processes{machines}{packed}"
     yield "rate", f"{training.learning_rate:g}, {training.lr_scheduler_type}, {training.optim}"
     kept = "all kept" if training.save_total_limit is None else f"{training.save_total_limit} kept"
     yield "save", _when(training.save_strategy, training.save_steps) + f", {kept}"
     if setup.prepared.eval is not None:
         yield "evaluate", _when(training.eval_strategy, training.eval_steps)
     yield "output", training.output_dir
+    if setup.command is not None:
+        assignments = [f"{name}={value}" for name, value in setup.command.environment.items()]
+        yield "command", shlex.join([*assignments, *setup.command.argv])
 
 
 def _show_memory(plan: MemoryPlan | None) -> None:

@@ -97,7 +97,12 @@ def run(request: Request) -> int:
 
 
 def _grid(request: Request) -> Grid:
-    return make_grid(request.file, request.overrides, [parse_axis(text) for text in request.axes])
+    grid = make_grid(request.file, request.overrides, [parse_axis(text) for text in request.axes])
+    if any(one.recipe.launcher.num_machines > 1 for one in grid.combinations):
+        raise InputError(
+            "a sweep runs on one machine", field="launcher.num_machines", fix="`peft train` without --sweep, or 1"
+        )
+    return grid
 
 
 def _prepared(request: Request) -> list[Run]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from peftcli.launchers import configs
+from peftcli.launchers import configs, machines
 
 if TYPE_CHECKING:
     from peftcli.recipe.schema import LauncherSection
@@ -30,14 +30,14 @@ class Command:
 
 
 def processes(launcher: LauncherSection) -> int:
-    """How many processes the run has: as asked for, or one for each GPU, or one."""
+    """How many processes the run has on all machines: as asked for, or one for each GPU, or one on each machine."""
     if launcher.num_processes != "auto":
         return launcher.num_processes
     if launcher.type == "none":
         return 1
     from peftcli.lazy import torch
 
-    return max(1, torch.cuda.device_count())
+    return max(1, torch.cuda.device_count()) * launcher.num_machines
 
 
 def in_process(launcher: LauncherSection) -> bool:
@@ -59,8 +59,16 @@ def command(
     named = launcher.config if launcher.type in ("auto", "accelerate") else None
     config = configs.find("accelerate", named or ("ddp" if count > 1 else "single"))
     argv = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    argv += ["--num_processes", str(count), *extra, "--module", WORKER, *worker_arguments]
-    return Command(argv, _environment(base, count))
+    argv += [
+        "--num_processes",
+        str(count),
+        *machines.arguments(launcher),
+        *extra,
+        "--module",
+        WORKER,
+        *worker_arguments,
+    ]
+    return Command(argv, _environment(base, count // launcher.num_machines))
 
 
 def _environment(base: Mapping[str, str], count: int) -> dict[str, str]:

@@ -16,6 +16,18 @@ from peftcli.errors import EXIT_BAD_INPUT, InputError, RunError, printable
 from peftcli.launchers.command import Command
 
 LOG = "launcher.log"
+INTERRUPTED = "Interrupted"
+"""How the log of a rank begins that a signal on another machine has stopped; the exit code follows."""
+
+REASONS = {
+    "DistNetworkError": "machine 0 does not answer: is `peft train` running there with launcher.machine_rank=0, and do "
+    "launcher.main_process_ip and main_process_port lead to it? launcher.timeout says how long it is waited for",
+    "DistStoreError": "not all machines have come: is `peft train` running on each with a launcher.machine_rank of its "
+    "own? launcher.timeout says how long they are waited for",
+    "Tried to launch distributed communication on port": "launcher.main_process_port is taken by another process",
+}
+"""What the launcher's last words mean, where its ranks have said nothing."""
+
 SHOWN_LINES = 12
 PASSED_ON = {
     number: signal.Signals[passed]
@@ -102,10 +114,19 @@ def _failure(code: int, command: Command, run_folder: Path) -> RunError | InputE
         kind, _, message = _last_lines(first, 1).partition(": ")
         if kind in ("InputError", "InputErrors"):
             return InputError(message)
+        if kind == INTERRUPTED:
+            number, _, message = message.partition(": ")
+            error = RunError(f"another machine was asked to stop: {message}")
+            error.exit_code = int(number)
+            return error
         return RunError(f"{first.stem.replace('-', ' ')} failed: {_last_lines(first, 1)}\n  all of it: {first}")
     log = run_folder / LOG
     if code == EXIT_BAD_INPUT:  # argparse's code: the launcher did not understand an argument
         return InputError(f"the launcher refused its arguments:\n{_last_lines(log, 2)}", place="after `--`")
+    last = _last_lines(log, 1)
+    for words, meaning in REASONS.items():
+        if words in last:
+            return RunError(f"{meaning}\n  it said: {last}\n  all of it: {log}")
     return RunError(f"the launcher failed with exit code {code}:\n{_last_lines(log, SHOWN_LINES)}\n  all of it: {log}")
 
 

@@ -175,9 +175,44 @@ class LauncherSection(Section):
     type: Literal["auto", "none", "accelerate", "deepspeed", "fsdp"] = "auto"
     """auto: in this process when num_processes is 1, under accelerate otherwise."""
     num_processes: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
-    """Processes on this machine; auto: one for each GPU, or one on a machine without."""
+    """Processes on all machines together; auto: on each machine one for each GPU, or one where there is none."""
+    num_machines: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Machines. `peft train` is started on each with the same recipe and a machine_rank of its own."""
+    machine_rank: Annotated[int, Field(ge=0, lt=4096)] | None = None
+    """Which of several machines this is; 0 writes the results."""
+    main_process_ip: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,255}$")] | None = None
+    """Address or name of machine 0, as the other machines reach it."""
+    main_process_port: Annotated[int, Field(ge=1, lt=65536)] | None = None
+    """Port on machine 0 at which processes meet. null: 29500 with several machines, else a free one."""
+    timeout: Annotated[int, Field(ge=1, le=86_400)] = 120
+    """Seconds machines wait for one another at the start."""
     config: Text | None = None
     """Launcher file: the name of one in configs/ or a path. null: the one that fits `type`."""
+
+    @model_validator(mode="after")
+    def _machines_add_up(self) -> LauncherSection:
+        machines = self.num_machines
+        if machines == 1 and self.main_process_ip is not None:
+            raise contradiction(
+                "launcher.main_process_ip says where machine 0 is, but there is only one",
+                fix="set launcher.num_machines, or leave main_process_ip out",
+            )
+        if (self.machine_rank or 0) >= machines:
+            raise contradiction(
+                f"launcher.machine_rank is {self.machine_rank}, but launcher.num_machines is {machines}",
+                fix=f"machines are counted from 0 to {machines - 1}",
+            )
+        if machines > 1 and self.type == "none":
+            raise contradiction(
+                f"launcher.type none starts one process, but launcher.num_machines is {machines}",
+                fix="set launcher.type to auto, accelerate, deepspeed or fsdp",
+            )
+        if self.num_processes != "auto" and self.num_processes % machines:
+            raise contradiction(
+                f"launcher.num_processes is {self.num_processes}: as many on each of {machines} machines can't be had",
+                fix="num_processes counts those of all machines: set it to a multiple of launcher.num_machines",
+            )
+        return self
 
 
 class PreferenceSection(Section):

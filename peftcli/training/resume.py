@@ -14,6 +14,7 @@ from torch import Tensor  # noqa: TID253
 
 from peftcli.errors import InputError, RunError
 from peftcli.training import checkpoints, state
+from peftcli.training.machines import first_says, seen_here
 
 if TYPE_CHECKING:
     from peftcli.training.loop import Trainer
@@ -101,16 +102,17 @@ def load(trainer: Trainer, folder: Path) -> None:
     Raises:
         InputError: the checkpoint is another run's, or nothing is left to train.
     """
-    content = state.read_trainer(folder)
-    state.require_same(content["identity"], identity(trainer), folder)
-    progress = state.Progress(**content["progress"])
-    with trainer.strategy.whole(write=True):
-        state.load_trained(trainer.model, folder)
-    trainer.strategy.load_optimizer_state(folder, content["optimizer"])
+    with seen_here(folder, trainer.folder) as here:
+        content = state.read_trainer(here)
+        state.require_same(content["identity"], identity(trainer), folder)
+        progress = state.Progress(**content["progress"])
+        with trainer.strategy.whole(write=True):
+            state.load_trained(trainer.model, here)
+        trainer.strategy.load_optimizer_state(here, content["optimizer"])
     trainer.scheduler.load_state_dict(content["scheduler"])
     best = trainer.folder / f"checkpoint-{progress.best_step}"
     needs_best = trainer.settings.load_best_model_at_end and progress.best_step is not None
-    if needs_best and (reason := checkpoints.damage(best)):
+    if needs_best and (reason := first_says(checkpoints.damage(best))):
         warnings.warn(f"{best}, the best step so far, is lost ({reason}); the best is sought anew", stacklevel=2)
         progress.best_step = progress.best_metrics = None
     trainer.progress = progress
@@ -141,10 +143,10 @@ def load_best(trainer: Trainer) -> None:
         RunError: that checkpoint is no longer what was written.
     """
     folder = trainer.folder / f"checkpoint-{trainer.progress.best_step}"
-    if reason := checkpoints.damage(folder):
+    if reason := first_says(checkpoints.damage(folder)):
         raise RunError(f"{folder}, the best step, can't be taken as the result: {reason}; --resume auto seeks another")
-    with trainer.strategy.whole(write=True):
-        state.load_trained(trainer.model, folder)
+    with seen_here(folder, trainer.folder) as here, trainer.strategy.whole(write=True):
+        state.load_trained(trainer.model, here)
 
 
 def _bytes(trained: Iterable[int], moments: Iterable[int] = ()) -> int:

@@ -28,11 +28,13 @@ from peftcli.adapters.config import TaskType
 from peftcli.adapters.quantized import is_quantized
 from peftcli.data.tokens import TokenDataset
 from peftcli.errors import EXIT_FAILURE, InputError, PeftCliError, printable
+from peftcli.launchers.machines import machine_folder
+from peftcli.launchers.run import INTERRUPTED
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.redact import redact
 from peftcli.recipe.schema import Recipe
 from peftcli.report.plots import plot_losses
-from peftcli.training import checkpoints
+from peftcli.training import checkpoints, machines
 from peftcli.training.batches import row_length
 from peftcli.training.callbacks import (
     LOG_NAME,
@@ -58,6 +60,7 @@ from peftcli.training.publish import (
 from peftcli.training.reports import Outcome
 from peftcli.training.signals import Interrupted, StopSignals
 from peftcli.training.starts import start_from_data
+from peftcli.training.state import fingerprint
 from peftcli.training.strategies import make_strategy
 from peftcli.training.strategies.plain import Strategy
 
@@ -69,7 +72,8 @@ def run(run_folder: Path, *, resume: str | None = None, console: Console | None 
     """Train what `run_folder/recipe.yaml` says.
 
     Args:
-        run_folder: holds `recipe.yaml` and `data/`, as `peft train` prepares them.
+        run_folder: holds `recipe.yaml` and `data/`, as `peft train` prepares them; a `machine_folder` on other
+            machines than the first.
         resume: `auto`, or the folder of a checkpoint.
         console: where progress goes; stdout when None.
 
@@ -81,12 +85,13 @@ def run(run_folder: Path, *, resume: str | None = None, console: Console | None 
         RunError: training or saving failed.
         Interrupted: a signal came; a checkpoint was written.
     """
-    recipe = load_recipe(run_folder / RECIPE_NAME, check_paths=False)
+    prepared = machine_folder(run_folder, machines.machine_rank())
+    recipe = load_recipe(prepared / RECIPE_NAME, check_paths=False)
     require_trackers(recipe.training.report_to)
     rank = int(os.environ.get("RANK", "0"))
-    rank_log = _rank_log(run_folder, rank)
+    rank_log = _rank_log(prepared, rank)
     with rank_log, checkpoints.disk_errors(run_folder), StopSignals() as signals:
-        strategy = make_strategy(recipe, run_folder)
+        strategy = make_strategy(recipe, prepared)
         worker = _Worker(recipe, run_folder, strategy, console or Console())
         result = worker.run(resume, signals)
         strategy.accelerator.wait_for_everyone()  # a process that leaves early takes the others' connections along
@@ -100,12 +105,15 @@ class _Worker:
     def __init__(self, recipe: Recipe, folder: Path, strategy: Strategy, console: Console) -> None:
         self.recipe, self.folder, self.strategy, self.console = recipe, folder, strategy, console
         self.device, self.is_main = strategy.accelerator.device, strategy.accelerator.is_main_process
-        self.report = json.loads((folder / "data" / "audit.json").read_text(encoding="utf-8"))
-        self.train_data = TokenDataset.load(folder / "data" / "train.safetensors")
-        held_out = folder / "data" / "eval.safetensors"
+        self.prepared = machine_folder(folder, machines.machine_rank())
+        data = self.prepared / "data"
+        self.report = json.loads((data / "audit.json").read_text(encoding="utf-8"))
+        self.train_data = TokenDataset.load(data / "train.safetensors")
+        held_out = data / "eval.safetensors"
         self.eval_data = TokenDataset.load(held_out) if held_out.is_file() else None
 
     def run(self, resume: str | None, signals: StopSignals) -> RunResult | None:
+        machines.require_same(self._facts())
         checkpoint = self._checkpoint(resume)
         set_seed(self.recipe.training.seed)
         model = self._model()
@@ -127,8 +135,22 @@ class _Worker:
             folder = broadcast_object_list([written])[0] if self.strategy.shards_base else written
             if folder is None:
                 return None
-            difference = reload_difference(self.strategy, self.recipe, folder, probe, expected)
+            alone = not self.strategy.shards_base
+            with nullcontext(folder) if alone else machines.seen_here(folder, self.folder) as here:
+                difference = reload_difference(self.strategy, self.recipe, here, probe, expected)
             return None if written is None else self._finish(outcome, written, difference)
+
+    def _facts(self) -> dict[str, Any]:
+        """What all machines must have alike. Paths may differ, and names of folders do."""
+        data = {"data.train": self.train_data, "data.eval": self.eval_data}
+        training = self.recipe.training.model_dump(mode="json", exclude={"output_dir", "run_name", "report_to"})
+        return {
+            **{name: fingerprint(*part.columns().values()) if part else None for name, part in data.items()},
+            **{f"training.{name}": value for name, value in training.items()},
+            **identity(self.recipe),
+            **{f"version of {name}": value for name, value in versions().items()},
+            "processes on this machine": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        }
 
     def _temporary_folder(self, step: int) -> AbstractContextManager[Path | None]:
         """Where the first process writes what is finished; None for the others."""
@@ -180,13 +202,15 @@ class _Worker:
             checkpoints.sweep(self.folder)
         if resume is None:
             return None
+        if machines.machine_rank() > 0:
+            return machines.first_says(None)
         found = checkpoints.find_checkpoint(self.folder, resume)
         for path, reason in found.skipped:
             self._say(f"passed over {path.name}: {reason}")
         self._say(
             f"continuing from {found.folder}" if found.folder else "no checkpoint yet: starting from the beginning"
         )
-        return found.folder
+        return machines.first_says(found.folder)
 
     def _trainer(self, model: nn.Module, export: Export, signals: StopSignals) -> Trainer:
         return Trainer(
@@ -203,8 +227,8 @@ class _Worker:
             export=export if self.recipe.adapter.config is not None else None,
             received_signal=lambda: signals.received,
             row_length=row_length(self.recipe),
-            published_step=RunResult.published_step(self.folder),
-            manifest={"recipe": checkpoints.sha256(self.folder / RECIPE_NAME), "versions": versions()},
+            published_step=machines.first_says(RunResult.published_step(self.folder)),
+            manifest={"recipe": checkpoints.sha256(self.prepared / RECIPE_NAME), "versions": versions()},
             identity=identity(self.recipe),
         )
 
@@ -245,7 +269,11 @@ def _rank_log(run_folder: Path, rank: int) -> Iterator[None]:
     path.unlink(missing_ok=True)
     try:
         yield
-    except (Interrupted, KeyboardInterrupt):
+    except KeyboardInterrupt:
+        raise
+    except Interrupted as stopped:
+        if machines.machines() > 1:  # the signal may have reached another machine only
+            path.write_text(f"{INTERRUPTED}: {stopped.exit_code}: {stopped}\n", encoding="utf-8")
         raise
     except Exception as error:
         message = " ".join(str(error).split())

@@ -107,7 +107,8 @@ def test_every_field_is_read(place: Path, recipes: None, read: set[tuple[type, s
         assert main(["train", str(make_run(task, folder, max_steps=1)), "--no-audit"]) == 0
     with pytest.raises(InputError):  # tests have no network
         list(read_source(DataSource(path="some/hub-name", name="x"), ("train",)))
-    command(LauncherSection(num_processes=2), [], base={})
+    machines = LauncherSection(num_processes=2, num_machines=2, machine_rank=0, main_process_ip="node-0")
+    command(machines, [], base={})
     sections = (Recipe, ModelSection, DataSection, DataSource, EvalSplit, TrainingSection, LauncherSection)
     sections += (PreferenceSection,)
     leaves = {(cls, name) for cls in sections for name in cls.model_fields}

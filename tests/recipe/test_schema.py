@@ -104,5 +104,5 @@ class TestHints:
         assert hints.hint(("data", "sequence_len")) == "`sequence_len` is axolotl's; here `data.max_length`"
         assert hints.hint(("training", "learning_rat")) == "did you mean `learning_rate`?"
         assert hints.hint(("model", "learning_rate")) == "`learning_rate` belongs in `training.learning_rate`"
-        assert "known here: type, num_processes, config" in str(hints.hint(("launcher", "zzz")))
+        assert "known here: type, num_processes, num_machines, machine_rank" in str(hints.hint(("launcher", "zzz")))
         assert hints.hint(("data", "train", 0, "max_sample")) == "did you mean `max_samples`?"

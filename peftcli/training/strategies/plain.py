@@ -15,6 +15,7 @@ from torch.optim import Optimizer  # noqa: TID253
 
 from peftcli.errors import RunError
 from peftcli.training import state
+from peftcli.training.machines import machines
 from peftcli.training.model import load_base
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class Strategy:
                 f"the recipe asks for {wanted} processes, but {self.accelerator.num_processes} came up "
                 f"({self.accelerator.distributed_type.value})"
             )
+        if machines() != launcher.num_machines:
+            raise RunError(f"the recipe asks for {launcher.num_machines} machines, but {machines()} came up")
 
     def describe(self) -> str:
         """What really runs, read back from the live model after `prepare`, in a line for the screen.
