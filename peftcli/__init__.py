@@ -27,7 +27,9 @@ _HOME = {
     "KasaConfig": "methods.lora_variants",
     "MontecloraConfig": "methods.lora_variants",
     "VeloraConfig": "methods.lora_variants",
+    "BaseTunerLayer": "layer",
     "LoftQConfig": "methods.lora",
+    "LoraRuntimeConfig": "methods.lora_config",
     "LoraGAConfig": "initializers.lora_ga",
     "MultitaskPromptTuningInit": "methods.multitask_prompt_tuning",
     "PromptEncoderReparameterizationType": "methods.p_tuning",
@@ -46,9 +48,13 @@ _HOME = {
     "PeftModelForSequenceClassification": "task_models",
     "PeftModelForTokenClassification": "task_models",
     "get_peft_model": "functions",
-    "get_peft_model_state_dict": "functions",
+    "get_peft_model_state_dict": "state",
+    "cast_adapter_dtype": "functions",
+    "delete_adapter": "functions",
     "inject_adapter_in_model": "functions",
-    "set_peft_model_state_dict": "functions",
+    "set_adapter": "functions",
+    "set_requires_grad": "functions",
+    "set_peft_model_state_dict": "state",
     "get_layer_status": "status",
     "get_model_status": "status",
     "cast_mixed_precision_params": "helpers",
@@ -58,10 +64,13 @@ _HOME = {
     "prepare_model_for_kbit_training": "helpers",
     "rescale_adapter_scale": "helpers",
     "shift_tokens_right": "helpers",
+    "convert_to_lora": "conversion",
+    "save_as_lora": "conversion",
     "hotswap_adapter": "hotswap",
+    "hotswap_adapter_from_state_dict": "hotswap",
     "prepare_model_for_compiled_hotswap": "hotswap",
 }
-"""Public name -> the file in `peftcli/adapters` it lives in. Configs are found through the registry of methods."""
+"""Public name -> the file in `peftcli/adapters` it lives in. Configs and tuners are found through the registry of methods."""
 
 __all__ = ["__version__", *_HOME]
 
@@ -69,20 +78,22 @@ __all__ = ["__version__", *_HOME]
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(import_module(f"peftcli.adapters.{_HOME[name]}"), name)
-    elif name.endswith("Config"):
-        from peftcli.adapters.registry import METHODS
-
-        files = [method.file for method in METHODS.values() if method.config == name]
-        if not files:
-            raise AttributeError(f"module 'peftcli' has no attribute {name!r}")
-        value = getattr(import_module(f"peftcli.adapters.methods.{files[0]}"), name)
     else:
-        raise AttributeError(f"module 'peftcli' has no attribute {name!r}")
+        from peftcli.adapters.registry import config_named, tuner_type
+
+        value = config_named(name)
+        if value is None and (peft_type := tuner_type(name)) is not None:
+            from peftcli.adapters.tuner import tuner_class
+
+            value = tuner_class(peft_type)
+        if value is None:
+            raise AttributeError(f"module 'peftcli' has no attribute {name!r}")
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    from peftcli.adapters.registry import METHODS
+    from peftcli.adapters.registry import METHODS, tuner_type
 
-    return sorted({*__all__, *(method.config for method in METHODS.values())})
+    tuners = [method.tuner for method in METHODS.values() if tuner_type(method.tuner)]
+    return sorted({*__all__, *(method.config for method in METHODS.values()), *tuners})

@@ -27,6 +27,8 @@ from peftcli.files import write_atomically
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."
+HUB_OPTIONS = frozenset({"subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download"})
+"""What may be said of where on the hub an adapter is."""
 
 
 def owned_tensors(attached: Attached, name: str) -> dict[str, Tensor]:
@@ -305,7 +307,10 @@ def resolve_adapter_folder(
 
     Raises:
         InputError: if there is no adapter there.
+        TypeError: for an argument that is none of `HUB_OPTIONS`.
     """
+    if unknown := sorted(hub.keys() - HUB_OPTIONS):
+        raise TypeError(f"got an unexpected keyword argument '{unknown[0]}'")
     folder = Path(name_or_path)
     if folder.is_dir():
         folder = folder / (subfolder or "")
@@ -324,10 +329,9 @@ def _download(name: str, subfolder: str | None, revision: str | None, hub: dict[
     from huggingface_hub import snapshot_download
 
     inside = f"{subfolder}/" if subfolder else ""
-    known = {key: value for key, value in hub.items() if key in ("token", "cache_dir", "local_files_only")}
     try:
         patterns = [inside + file for file in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, FINGERPRINT)]
-        root = snapshot_download(name, revision=revision, allow_patterns=patterns, **known)
+        root = snapshot_download(name, revision=revision, allow_patterns=patterns, **hub)
     except Exception as error:  # the hub client has dozens of exception types, all of them mean the same here
         raise InputError(
             f"Can't find '{CONFIG_NAME}' at '{printable(name)}': it is no folder here, and the hub answers: "

@@ -33,6 +33,7 @@ Nested = TypeVar("Nested")
 
 # Keys of later PEFT versions that say nothing about the maths.
 IGNORED_KEYS = frozenset({"peft_version"})
+NAMES_OF_BASE = frozenset({"base_model_name_or_path", "revision", "auto_mapping"})
 
 
 class TaskType(str, Enum):
@@ -74,11 +75,21 @@ def later(default: Any, *, since: str) -> Any:
 
 def runtime(default: Any) -> Any:
     """A field that steers this process only and is never written."""
-    return field(default=default, metadata={"saved": False})
+    return field(default_factory=lambda: copy.copy(default), metadata={"saved": False})
+
+
+class ConfigType(type):
+    """Lets a config be made with `peft_type=...`, as PEFT's documentation does: it must be the class's own."""
+
+    def __call__(cls, *args: Any, peft_type: str | None = None, **fields: Any) -> Any:
+        own = cls.__dict__.get("peft_type")
+        if peft_type is not None and _plain(peft_type) != own:
+            raise InputError(f"is {printable(peft_type)!r}, but this is {cls.__name__}", field="peft_type", allowed=own)
+        return super().__call__(*args, **fields)
 
 
 @dataclass
-class PeftConfig:
+class PeftConfig(metaclass=ConfigType):
     """Fields every adapter config has.
 
     Attributes:
@@ -154,11 +165,43 @@ class PeftConfig:
         return build_config(cls, values, place=place)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> PeftConfig:
-        """The config saved in `folder` (or named by a hub id); its class follows the file's `peft_type`."""
-        from peftcli.adapters.checkpoint import resolve_adapter_folder
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> PeftConfig:
+        """The config saved in `folder` (or named by a hub id); its class follows the file's `peft_type`.
 
-        return read_config(resolve_adapter_folder(folder) / CONFIG_NAME)
+        Args:
+            folder: the adapter.
+            options: where on the hub (`subfolder`, `revision`, `token`, ...); fields to set to something else.
+        """
+        from peftcli.adapters.checkpoint import HUB_OPTIONS, resolve_adapter_folder
+
+        hub = {name: options.pop(name) for name in HUB_OPTIONS & options.keys()}
+        config = read_config(resolve_adapter_folder(folder, **hub) / CONFIG_NAME)
+        return dataclasses.replace(config, **options)
+
+    @classmethod
+    def from_peft_type(cls, *, peft_type: str, **fields: Any) -> PeftConfig:
+        """A config of the method `peft_type` names."""
+        from peftcli.adapters.registry import config_class
+
+        return config_class(str(_plain(peft_type)))(**fields)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:
+        """What a config's file says, unchecked."""
+        return read_strict_json(Path(path_json_file))
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> None:
+        """Refused: peftcli uploads nothing."""
+        raise InputError(
+            "peftcli uploads nothing",
+            field="push_to_hub",
+            fix=f"save_pretrained(folder), look at what is in there, then `hf upload {repo_id} FOLDER`",
+        )
+
+    def means_the_same(self, other: PeftConfig) -> bool:
+        """Whether two configs describe adapters of the same tensors and equation, whatever their base is called."""
+        ours, theirs = self.to_saved_dict(), other.to_saved_dict()
+        return all(ours.get(key) == theirs.get(key) for key in {*ours, *theirs} - NAMES_OF_BASE)
 
     @classmethod
     def upgrade(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -188,7 +231,7 @@ class PeftConfig:
     def follow_file(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Correct what an adapter's file shows to be otherwise, from the shapes of its tensors by key."""
 
-    def locate(self, folder: Path, **given: Any) -> None:
+    def locate(self, folder: Path, experts: dict[str, str] | None) -> None:
         """Find what else the adapter needs, from the folder its files are in and what the caller gives (X-LoRA)."""
 
     def adapter_variant(self) -> Method | None:

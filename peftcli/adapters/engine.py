@@ -31,6 +31,10 @@ class Removable(Protocol):
     def remove(self) -> None: ...
 
 
+def nothing_to_undo() -> None:
+    """The model's layers are its own."""
+
+
 @dataclass
 class Attached:
     """The adapters of one model.
@@ -57,7 +61,7 @@ class Attached:
     shared: dict[str, nn.ParameterDict | Buffers] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     disabled: bool = False
-    undo_surgery: Callable[[], None] = lambda: None
+    undo_surgery: Callable[[], None] = nothing_to_undo
     prompts: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     gates: dict[str, Any] = field(default_factory=dict)
     hooks: list[Removable] = field(default_factory=list)
@@ -161,6 +165,8 @@ class Attached:
             self.enable(not before)
 
     def set_requires_grad(self, name: str, on: bool) -> None:
+        """Train an adapter, or no longer."""
+        self._known(name)
         for parameter in self.parameters_of(name):
             parameter.requires_grad_(on)
 

@@ -1,14 +1,13 @@
-"""What PEFT offers as functions: wrapping a model, and one adapter's tensors in and out of it."""
+"""What PEFT offers as functions for models that are no PeftModel, or become one."""
 
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from collections.abc import Sequence
 
-from torch import Tensor, nn  # noqa: TID253
+from torch import nn  # noqa: TID253
 
-from peftcli.adapters import checkpoint
-from peftcli.adapters.attach import attach
+from peftcli.adapters.attach import Placement, attach
 from peftcli.adapters.config import PeftConfig
 from peftcli.adapters.engine import adapters_of, attached_to
 from peftcli.adapters.model import PeftModel
@@ -64,71 +63,32 @@ def get_peft_model(
     return kind(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
-def get_peft_model_state_dict(
-    model: nn.Module,
-    state_dict: dict[str, Tensor] | None = None,
-    adapter_name: str = "default",
-    unwrap_compiled: bool = False,
-    save_embedding_layers: bool | str = "auto",
-) -> dict[str, Tensor]:
-    """The tensors of one adapter, keyed as its file keys them.
-
-    Args:
-        model: a PeftModel, or a model an adapter was injected into.
-        state_dict: values by the model's own names, where they were gathered from several processes.
-        adapter_name: the adapter.
-        unwrap_compiled: the model is what `torch.compile` returned.
-        save_embedding_layers: also the base's embeddings: True, False, or `auto`: if tokens were added.
-    """
-    model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
-    attached = adapters_of(model)
-    if state_dict is None:
-        return checkpoint.adapter_state_dict(attached, adapter_name, save_embedding_layers=save_embedding_layers)
-    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
-    owned = checkpoint.owned_tensors(attached, adapter_name)
-    return {key: state_dict[names[id(tensor)]] for key, tensor in sorted(owned.items())}
-
-
-class LoadResult(NamedTuple):
-    """What `set_peft_model_state_dict` left out: nothing, or it would have raised."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-
-def set_peft_model_state_dict(
-    model: nn.Module,
-    peft_model_state_dict: dict[str, Tensor],
-    adapter_name: str = "default",
-    ignore_mismatched_sizes: bool = False,
-    low_cpu_mem_usage: bool = False,
-) -> LoadResult:
-    """Load a file's tensors into an adapter that is already attached.
-
-    Args:
-        model: a PeftModel, or a model an adapter was injected into.
-        peft_model_state_dict: tensors by the file's keys.
-        adapter_name: the adapter.
-        ignore_mismatched_sizes: leave tensors of another shape out, with a warning.
-        low_cpu_mem_usage: accepted; loading never takes more.
-
-    Raises:
-        InputErrors: listing every missing, unexpected and mis-shaped tensor.
-    """
-    attached = adapters_of(model)
-    given = dict(peft_model_state_dict)
-    if ignore_mismatched_sizes:
-        owned = checkpoint.owned_tensors(attached, adapter_name)
-        for key in [key for key, tensor in given.items() if key in owned and owned[key].shape != tensor.shape]:
-            warnings.warn(f"{key} has another shape and is left as it is", stacklevel=2)
-            given[key] = owned[key].detach().clone()
-    checkpoint.load_state(attached, adapter_name, given)
-    return LoadResult([], [])
-
-
 def inject_adapter_in_model(
     peft_config: PeftConfig, model: nn.Module, adapter_name: str = "default", low_cpu_mem_usage: bool = False
 ) -> nn.Module:
     """Attach an adapter without wrapping the model in a PeftModel."""
     attach(model, peft_config, adapter_name)
     return model
+
+
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+    """Make adapters of a model the active ones; their tensors get gradients, unless `inference_mode`."""
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    adapters_of(model).set_active(names, trainable=not inference_mode)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter from a model without a trace."""
+    adapters_of(model).delete(adapter_name)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Train adapters of a model, or no longer; which ones are active stays."""
+    for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+        adapters_of(model).set_requires_grad(name, requires_grad)
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """An adapter's half-precision tensors to float32, unless `autocast_adapter_dtype` is False."""
+    for parameter in adapters_of(model).parameters_of(adapter_name):
+        parameter.data = parameter.data.to(Placement(autocast_adapter_dtype).dtype(parameter.dtype))

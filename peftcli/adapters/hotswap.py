@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ import torch  # noqa: TID253
 from torch import nn  # noqa: TID253
 
 from peftcli.adapters import checkpoint
-from peftcli.adapters.config import read_config
+from peftcli.adapters.config import PeftConfig, read_config
 from peftcli.adapters.engine import adapters_of
 from peftcli.adapters.methods.lora import Lora, LoraConfig
 from peftcli.adapters.methods.lora_variants import VARIANTS
@@ -17,51 +18,78 @@ from peftcli.errors import InputError
 
 
 def hotswap_adapter(
-    model: nn.Module, model_name_or_path: str | Path, adapter_name: str, *, allow_pickle: bool = False, **hub: Any
+    model: nn.Module,
+    model_name_or_path: str | Path,
+    adapter_name: str,
+    torch_device: str | None = None,
+    *,
+    allow_pickle: bool = False,
+    **hub: Any,
 ) -> None:
-    """Replace the weights of a loaded LoRA adapter by a saved one's, in place.
+    """Replace the weights of a loaded LoRA adapter by a saved one's, in place: see `hotswap_adapter_from_state_dict`.
+
+    Args:
+        model: the PeftModel.
+        model_name_or_path: the saved adapter.
+        adapter_name: the loaded adapter whose place it takes.
+        torch_device: accepted: tensors go where the loaded adapter's are.
+        allow_pickle: read a `.bin` file.
+    """
+    folder = checkpoint.resolve_adapter_folder(model_name_or_path, **hub)
+    config = read_config(folder / checkpoint.CONFIG_NAME)
+    tensors = checkpoint.read_tensors(folder, allow_pickle=allow_pickle)
+    hotswap_adapter_from_state_dict(model, tensors, adapter_name, config, place=folder)
+
+
+def hotswap_adapter_from_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str,
+    config: PeftConfig,
+    *,
+    place: str | Path = "state dict",
+) -> None:
+    """Replace the weights of a loaded LoRA adapter, in place.
 
     A smaller rank is padded with zeros; the scaling follows the new adapter. Modules the new adapter does not have get
     zeros.
 
     Args:
         model: the PeftModel.
-        model_name_or_path: the saved adapter.
-        adapter_name: the loaded adapter whose place it takes.
-        allow_pickle: read a `.bin` file.
+        state_dict: the new tensors, by their key in a file.
+        adapter_name: the loaded adapter whose place they take.
+        config: the new adapter's.
+        place: where they are from, for messages.
 
     Raises:
         InputError: for another method, DoRA or biases, a larger rank, or modules the loaded adapter does not have; the
             loaded adapter is then unchanged.
     """
     attached = adapters_of(model)
-    folder = checkpoint.resolve_adapter_folder(model_name_or_path, **hub)
-    new = read_config(folder / checkpoint.CONFIG_NAME)
-    old = attached.configs.get(adapter_name)
+    new, old = config, attached.configs.get(adapter_name)
     if not (isinstance(new, LoraConfig) and isinstance(old, LoraConfig)):
-        raise InputError("Hotswapping only works for LoRA adapters", place=folder)
+        raise InputError("Hotswapping only works for LoRA adapters", place=place)
     for field in ("bias", "lora_bias", *VARIANTS):
         if getattr(new, field) != getattr(old, field) or getattr(new, field) not in (False, None, "none"):
-            raise InputError("Hotswapping works only for plain LoRA without biases", place=folder, field=field)
-    tensors = checkpoint.read_tensors(folder, allow_pickle=allow_pickle)
+            raise InputError("Hotswapping works only for plain LoRA without biases", place=place, field=field)
     owned = checkpoint.owned_tensors(attached, adapter_name)
-    if unknown := sorted(set(tensors) - set(owned)):
+    if unknown := sorted(set(state_dict) - set(owned)):
         raise InputError(
-            f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unknown[:5])}", place=folder
+            f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unknown[:5])}", place=place
         )
-    for key, tensor in tensors.items():
+    for key, tensor in state_dict.items():
         if not _fits(tensor, owned[key]):
             raise InputError(
                 f"has the shape {list(tensor.shape)}, the loaded adapter only {list(owned[key].shape)}",
-                place=folder,
+                place=place,
                 field=key,
                 fix="load the adapter of the largest rank first, or prepare_model_for_compiled_hotswap(target_rank=...)",
             )
     with torch.no_grad():
         for key, held in owned.items():
             held.zero_()
-            if key in tensors:
-                held[tuple(slice(size) for size in tensors[key].shape)] = tensors[key].to(held)
+            if key in state_dict:
+                held[tuple(slice(size) for size in state_dict[key].shape)] = state_dict[key].to(held)
     for _, layer in attached.layers():
         if adapter_name in layer.adapters:
             _rescale(cast(Lora, layer.adapters[adapter_name]), new)

@@ -17,6 +17,7 @@ from torch import Tensor, nn  # noqa: TID253
 from peftcli.adapters.base import Adapter, DeltaAdapter, Tensors, TransformAdapter
 from peftcli.adapters.context import BASE, ForwardContext
 from peftcli.adapters.holding import TensorHolder
+from peftcli.adapters.layer_names import PeftNames
 from peftcli.adapters.sites import Site
 from peftcli.errors import InputError
 
@@ -26,7 +27,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-class AdapterLayer(TensorHolder):
+class AdapterLayer(PeftNames, TensorHolder):
     """An adapted module.
 
     Args:
@@ -195,6 +196,14 @@ class AdapterLayer(TensorHolder):
                     output = add(0, index, update.to(output.dtype))
         return output
 
+    @property
+    def weight(self) -> Tensor:
+        return self.effective()[0] if self.weight_is_read else self.site.stored
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.effective()[1] if self.weight_is_read else self.site.bias
+
     # -- weights --------------------------------------------------------------------------------------------------
 
     def effective(self, names: list[str] | None = None, *, dropping: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -276,52 +285,9 @@ class AdapterLayer(TensorHolder):
         """Make the merge final and free the original parameters."""
         self._originals.clear()
 
-    # -- what code written against PEFT reads ---------------------------------------------------------------------
 
-    @property
-    def merged(self) -> bool:
-        return bool(self.merged_adapters)
-
-    @property
-    def active_adapter(self) -> list[str]:
-        return self.active_adapters
-
-    @property
-    def weight(self) -> Tensor:
-        return self.effective()[0] if self.weight_is_read else self.site.stored
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.effective()[1] if self.weight_is_read else self.site.bias
-
-    def get_base_layer(self) -> nn.Module:
-        return self.base_layer
-
-    def set_scale(self, name: str, scale: float) -> None:
-        """Set an adapter's scaling to `scale` times its initial one."""
-        if name in self.adapters:
-            self.adapters[name].scaling = scale * self.adapters[name].initial_scaling()
-
-    def __getattr__(self, name: str) -> Any:
-        """Registered tensors first, then the module's attributes, then a per-adapter view (`scaling["default"]`)."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            module = super().__getattr__("base_layer")
-            if hasattr(module, name):
-                return getattr(module, name)
-            view = self._view(name)
-            if view is None:
-                raise
-            return view
-
-    def _view(self, name: str) -> dict[str, Any] | None:
-        """An attribute of every adapter, or of its config, by adapter name."""
-        adapters = self.__dict__.get("adapters", {})
-        for owner in (lambda adapter: adapter, lambda adapter: adapter.config):
-            if any(hasattr(owner(adapter), name) for adapter in adapters.values()):
-                return {key: getattr(owner(adapter), name, None) for key, adapter in adapters.items()}
-        return None
+BaseTunerLayer = AdapterLayer
+"""PEFT's name, for `isinstance`."""
 
 
 class AttentionLayer(AdapterLayer):

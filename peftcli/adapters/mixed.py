@@ -10,6 +10,7 @@ from typing import Any
 
 from peftcli.adapters.config import PeftConfig
 from peftcli.adapters.model import PeftModel
+from peftcli.adapters.tuner import Tuner
 from peftcli.errors import InputError
 
 COMPATIBLE = frozenset({"ADALORA", "HIRA", "IA3", "LOHA", "LOKR", "LORA", "OFT", "ROAD", "SHIRA"})
@@ -30,6 +31,10 @@ class PeftMixedModel(PeftModel):
 
     def _check_same_method(self, peft_config: PeftConfig) -> None:
         """Methods may differ here."""
+
+    @classmethod
+    def tuner_for(cls, peft_config: PeftConfig) -> type[Tuner]:
+        return Tuner
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several composed, the active ones."""

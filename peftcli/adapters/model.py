@@ -17,11 +17,14 @@ from torch import Tensor, nn  # noqa: TID253
 from peftcli.adapters import checkpoint, status
 from peftcli.adapters.batch import batch_facts
 from peftcli.adapters.config import PeftConfig, read_config
+from peftcli.adapters.conversion import supports_lora_conversion
 from peftcli.adapters.engine import Attached, adapters_of, attached_to
 from peftcli.adapters.fingerprint import check_fingerprint, fingerprint
 from peftcli.adapters.prompt import attach_prompt
 from peftcli.adapters.prompt_base import PromptLearningConfig
-from peftcli.adapters.tuner import Tuner
+from peftcli.adapters.state import LoadResult, get_peft_model_state_dict
+from peftcli.adapters.tied_state import keep_tied_once
+from peftcli.adapters.tuner import Tuner, tuner_class
 from peftcli.errors import InputError
 
 
@@ -45,12 +48,18 @@ class PeftModel(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.base_model = model if peft_config.is_prompt_learning else Tuner(model)
+        self.base_model = model if peft_config.is_prompt_learning else self.tuner_for(peft_config)(model)
         self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype, **options)
         if peft_config.is_prompt_learning:
             self.prompt_encoder = self.attached.prompts
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             cast(Any, model).enable_input_require_grads()  # else the first checkpointed block sees nothing to train
+        keep_tied_once(self)
+
+    @classmethod
+    def tuner_for(cls, peft_config: PeftConfig) -> type[Tuner]:
+        """The class of `base_model` for a first adapter."""
+        return tuner_class(peft_config.peft_type)
 
     # -- adapters -------------------------------------------------------------------------------------------------
 
@@ -87,23 +96,32 @@ class PeftModel(nn.Module):
         is_trainable: bool = False,
         torch_device: str | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         allow_pickle: bool = False,
         **hub: Any,
-    ) -> None:
-        """Load a saved adapter beside the others. The model goes to eval mode unless the adapter is to be trained."""
+    ) -> LoadResult:
+        """Load a saved adapter beside the others, or its tensors into the one of that name and the same config.
+
+        The model goes to eval mode unless the adapter is to be trained. Accepted for PEFT's sake: `torch_device` (tensors go
+        where their module is), `ephemeral_gpu_offload` and `low_cpu_mem_usage` (nothing is made to be thrown away).
+        """
         folder, config = _for_loading(model_id, None, is_trainable, hub)
         check_fingerprint(folder, self.attached.base)
         tensors = checkpoint.read_tensors(folder, allow_pickle=allow_pickle)
         config.follow_file({key: tuple(tensor.shape) for key, tensor in tensors.items()})
-        self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, initialize=False)
+        again = adapter_name in self.peft_config and self.peft_config[adapter_name].means_the_same(config)
+        if not again:
+            self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, initialize=False)
         try:
             checkpoint.load_state(self.attached, adapter_name, tensors, place=folder)
         except InputError:
-            self.delete_adapter(adapter_name)
+            if not again:
+                self.delete_adapter(adapter_name)
             raise
         if not is_trainable:
             self.eval()
+        return LoadResult([], [])
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter the active one; its tensors get gradients, unless `inference_mode`."""
@@ -156,6 +174,10 @@ class PeftModel(nn.Module):
     def get_model_status(self) -> status.TunerModelStatus:
         """The same of all layers together."""
         return status.get_model_status(self)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` can turn an adapter into LoRA."""
+        return supports_lora_conversion(self, adapter_name)
 
     def get_base_model(self) -> nn.Module:
         """The user's model (with the adapters still in it)."""
@@ -210,9 +232,22 @@ class PeftModel(nn.Module):
         selected_adapters: list[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
-        **kwargs: Any,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
+        state_dict: dict[str, Tensor] | None = None,
+        save_function: Any = None,
     ) -> None:
-        """Write adapters as PEFT does: `default` into the folder itself, others into a sub-folder of their name."""
+        """Write adapters as PEFT does: `default` into the folder itself, others into a sub-folder of their name.
+
+        Args:
+            save_directory: where to.
+            safe_serialization: only True: pickles are not written.
+            selected_adapters: which ones; all by default.
+            save_embedding_layers: also the base's embeddings: True, False, or `auto`: if tokens were added.
+            is_main_process: False writes nothing.
+            path_initial_model_for_weight_conversion: accepted: starts taken from the base are always stored converted.
+            state_dict: tensors by the model's own names, where they were gathered from several processes.
+            save_function: accepted: transformers and accelerate pass theirs.
+        """
         if not safe_serialization:
             raise InputError("adapters are written as safetensors only", field="safe_serialization", allowed="True")
         if Path(save_directory).is_file():
@@ -225,7 +260,14 @@ class PeftModel(nn.Module):
             )
         for name in names if is_main_process else []:
             folder = Path(save_directory) / ("" if name == "default" else name)
-            checkpoint.save_adapter(self.attached, name, folder, save_embedding_layers=save_embedding_layers)
+            state = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
+            checkpoint.save_adapter(
+                self.attached, name, folder, state=state, save_embedding_layers=save_embedding_layers
+            )
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> None:
+        """Refused: peftcli uploads nothing."""
+        self.active_peft_config.push_to_hub(repo_id)
 
     @classmethod
     def class_for(cls, config: PeftConfig) -> type[PeftModel]:
@@ -243,11 +285,13 @@ class PeftModel(nn.Module):
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        torch_device: str | None = None,
         allow_pickle: bool = False,
         **hub: Any,
     ) -> PeftModel:
-        """A model with a saved adapter, frozen and in eval mode unless `is_trainable`.
+        """A model with a saved adapter, frozen and in eval mode unless `is_trainable`. Other arguments: see `load_adapter`.
 
         Raises:
             InputErrors: listing every tensor the file lacks, has too much, or has in another shape.
@@ -281,10 +325,11 @@ def _for_loading(
     model_id: str | Path, config: PeftConfig | None, is_trainable: bool, hub: dict[str, Any]
 ) -> tuple[Path, PeftConfig]:
     """A saved adapter's folder, and its config (or the one given) set to how it is to be used."""
+    experts = hub.pop("adapters", None)  # X-LoRA's
     folder = checkpoint.resolve_adapter_folder(model_id, **hub)
     config = config or read_config(folder / checkpoint.CONFIG_NAME)
     if config.is_prompt_learning and is_trainable:
         raise InputError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
     config.inference_mode = not is_trainable
-    config.locate(folder, **hub)
+    config.locate(folder, experts)
     return folder, config

@@ -24,6 +24,11 @@ class Method:
     config: str
     adapter: str
 
+    @property
+    def tuner(self) -> str:
+        """PEFT's name of the class a model with such adapters has as `base_model`."""
+        return self.config.removesuffix("Config") + "Model"
+
 
 METHODS: dict[str, Method] = {
     "LORA": Method("lora", "LoraConfig", "Lora"),
@@ -92,6 +97,18 @@ def config_class(peft_type: str, *, place: str | Path | None = None) -> type[Pef
     """
     method = _entry(peft_type, place)
     return getattr(import_module(f"peftcli.adapters.methods.{method.file}"), method.config)
+
+
+def config_named(name: str) -> type[PeftConfig] | None:
+    """The config class of that name, e.g. `LoraConfig`."""
+    found = [method for method in METHODS.values() if method.config == name]
+    return getattr(import_module(f"peftcli.adapters.methods.{found[0].file}"), name) if found else None
+
+
+def tuner_type(name: str) -> str | None:
+    """The method whose tuner has that name, e.g. LORA for `LoraModel`. Prompts have none."""
+    found = [peft_type for peft_type, method in METHODS.items() if method.tuner == name]
+    return found[0] if found and not config_class(found[0]).is_prompt_learning else None
 
 
 def adapter_class(config: PeftConfig) -> type[Adapter]:

@@ -67,7 +67,10 @@ class Site:
 
     def adapter(self, method: type[Adapter], config: Any) -> Adapter:
         """A method at this module, able to read its weight and bias."""
-        return method(config, self.shape, self.weight, lambda: self.bias)
+        return method(config, self.shape, self.weight, self.get_bias)
+
+    def get_bias(self) -> Tensor | None:
+        return self.bias
 
     def to_stored(self, matrix: Tensor) -> Tensor:
         """A matrix [out, in] as the module stores it."""

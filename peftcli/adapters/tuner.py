@@ -1,8 +1,12 @@
-"""`Tuner`: what PEFT calls `model.base_model`. It holds the user's model (`model`) and speaks PEFT's names for the engine."""
+"""`Tuner`: what PEFT calls `model.base_model`. It holds the user's model (`model`) and speaks PEFT's names for the engine.
+
+PEFT has a class of them for each method (`LoraModel`); here they differ in nothing but their names.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn  # noqa: TID253
@@ -12,6 +16,7 @@ from peftcli.adapters.config import PeftConfig
 from peftcli.adapters.engine import Attached, attached_to
 from peftcli.adapters.gate import Gate, attach_gate
 from peftcli.adapters.methods.xlora import XLoraConfig
+from peftcli.adapters.registry import METHODS
 from peftcli.adapters.steps import add_regularization, after_step
 from peftcli.adapters.weighted import Svd, add_weighted_ia3, add_weighted_lora
 from peftcli.errors import InputError
@@ -19,11 +24,22 @@ from peftcli.merging.operators import SignMethod
 
 
 class Tuner(nn.Module):
-    """The adapters of one model, and the model (`model`)."""
+    """The adapters of one model, and the model (`model`).
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the base; changed in place.
+        peft_config: config of the first adapter; None attaches nothing yet.
+        adapter_name: its name.
+        options: as for `attach`.
+    """
+
+    def __init__(
+        self, model: nn.Module, peft_config: PeftConfig | None = None, adapter_name: str = "default", **options: Any
+    ) -> None:
         super().__init__()
         self.model = model
+        if peft_config is not None:
+            self.attach(peft_config, adapter_name, **options)
 
     @property
     def attached(self) -> Attached:
@@ -61,7 +77,30 @@ class Tuner(nn.Module):
             gate = self._modules.get("internal_xlora_classifier")
             return getattr(gate if gate is not None and name in Gate.PUBLIC else self.model, name)
 
-    # PEFT's names for what the engine does
+    # PEFT's names for what the engine knows and does
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.attached.own_configs()
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.attached.active
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or the names where there are several."""
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of the adapted modules in the user's model."""
+        return [path for path, _ in self.attached.layers()]
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train adapters, or no longer; which ones are active stays."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.attached.set_requires_grad(name, requires_grad)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters (the active ones by default) into the base weights in place."""
         self.attached.merge(adapter_names, safe_merge=safe_merge)
@@ -134,3 +173,10 @@ class Tuner(nn.Module):
         for key, bank in self.attached.shared.items():
             if "." not in key:  # parts of a list are registered by the layers
                 self.add_module(key, bank)
+
+
+@cache
+def tuner_class(peft_type: str) -> type[Tuner]:
+    """A method's class of tuners under PEFT's name, e.g. `LoraModel`."""
+    doc = f"{peft_type} adapters of one model, and the model (`model`)."
+    return type(METHODS[peft_type].tuner, (Tuner,), {"__doc__": doc, "__module__": "peftcli"})

@@ -7,15 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
+    pipeline,
 )
 
 from peftcli import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
@@ -100,6 +106,96 @@ def test_trained_saved_and_loaded(name: str, checkpointing: bool, tmp_path: Path
     batch = {key: torch.stack([torch.as_tensor(row[key]) for row in data]) for key in data[0] if key != "comment"}
     with torch.no_grad():
         torch.testing.assert_close(loaded(**batch).loss, model.eval()(**batch).loss)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_best_checkpoint_is_loaded_at_the_end(tied: bool, tmp_path: Path) -> None:
+    """The quick tour's arguments. Tied embeddings are one tensor of two names, which safetensors refuses."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=tied))
+    model = get_peft_model(base, LoraConfig(task_type=TaskType.CAUSAL_LM, r=4))
+    data = rows(lambda ids: ids)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        learning_rate=5e-2,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        num_train_epochs=3,
+        weight_decay=0.01,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # the worst, which is the first: training ends elsewhere
+        report_to="none",
+        use_cpu=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:4])
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses[0] > losses[-1] + 1e-4
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0])
+
+
+def test_a_state_dict_with_tied_tensors_loads_strictly() -> None:
+    def tied() -> PeftModel:
+        base = LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=True))
+        return get_peft_model(base, LoraConfig(init_lora_weights=False))
+
+    one, other = tied(), tied()
+    state = one.state_dict()
+    assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
+    assert other.load_state_dict(state).missing_keys == []
+    ids = torch.arange(6)[None]
+    assert torch.equal(other.eval()(ids).logits, one.eval()(ids).logits)
+    assert other.base_model.model.lm_head.weight is other.base_model.model.model.embed_tokens.weight
+
+
+def test_accelerate_prepares_unwraps_and_saves(tmp_path: Path) -> None:
+    build, config, data = CASES["causal"]
+    model = get_peft_model(build(), config)
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
+    loader = torch.utils.data.DataLoader(
+        [{k: v for k, v in row.items() if k != "comment"} for row in data], batch_size=4
+    )
+    prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    losses = []
+    for _ in range(4):
+        for batch in loader:
+            loss = prepared(**batch).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    unwrapped = accelerator.unwrap_model(prepared)
+    assert unwrapped is model
+    unwrapped.save_pretrained(
+        tmp_path,
+        is_main_process=accelerator.is_main_process,
+        save_function=accelerator.save,
+        state_dict=accelerator.get_state_dict(prepared),
+    )
+    ids = data[0]["input_ids"][None]
+    assert torch.equal(PeftModel.from_pretrained(build(), tmp_path)(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("task", ["text-generation", "text-classification"])
+def test_pipelines_run_an_adapted_model(task: str) -> None:
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(30)} | {"[PAD]": 30, "[UNK]": 31}, "[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+    build, config, _ = CASES["causal" if task == "text-generation" else "classes"]
+    model = get_peft_model(build(), config).eval()
+    options = {"max_new_tokens": 3, "do_sample": False} if task == "text-generation" else {}
+    answer = pipeline(task, model=model, tokenizer=tokenizer)("w3 w4 w5", **options)
+    inputs = tokenizer("w3 w4 w5", return_tensors="pt", return_token_type_ids=False)
+    if task == "text-generation":
+        expected = tokenizer.decode(model.generate(**inputs, **options)[0])
+        assert answer[0]["generated_text"].replace(" ", "") == expected.replace(" ", "")
+    else:
+        assert answer[0]["score"] == pytest.approx(float(model(**inputs).logits.softmax(-1).max()), abs=1e-5)
 
 
 def test_a_run_resumes_from_the_trainer_s_own_checkpoint(tmp_path: Path) -> None:

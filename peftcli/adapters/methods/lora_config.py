@@ -50,6 +50,17 @@ class LoftQConfig:
 
 
 @dataclass
+class LoraRuntimeConfig:
+    """Settings of the running process, never saved.
+
+    Attributes:
+        ephemeral_gpu_offload: accepted: DoRA's norm is computed where the weights are, without building W + B A.
+    """
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass
 class LoraConfig(TunerConfig):
     """LoRA's fields, as in PEFT.
 
@@ -71,6 +82,7 @@ class LoraConfig(TunerConfig):
         rank_pattern, alpha_pattern: r or alpha by module name or regular expression, where they differ.
         lora_bias: give lora_B a bias.
         alora_invocation_tokens: token ids from whose last occurrence on the adapter acts (`alora.py`).
+        runtime_config: settings of the running process.
         use_bdlora, kasa_config, monteclora_config, velora_config: another equation, and its settings (`lora_variants.py`).
     """
 
@@ -103,6 +115,7 @@ class LoraConfig(TunerConfig):
     kasa_config: KasaConfig | dict[str, Any] | None = later(None, since="0.21")
     monteclora_config: MontecloraConfig | dict[str, Any] | None = later(None, since="0.20")
     velora_config: VeloraConfig | dict[str, Any] | None = later(None, since="0.20")
+    runtime_config: LoraRuntimeConfig = runtime(LoraRuntimeConfig())
     prepared: Any = runtime(None)
     """(A0, B0) by module path, from a pass over data; B0 is None where B starts at zero."""
 

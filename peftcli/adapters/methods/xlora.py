@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Gt, Le
 
@@ -66,10 +66,10 @@ class XLoraConfig(PeftConfig):
         if self.top_k_lora is not None and self.top_k_lora > len(self.adapters) > 0:
             raise InputError(f"is {self.top_k_lora} of {len(self.adapters)} adapters", field="top_k_lora")
 
-    def locate(self, folder: Path, **given: Any) -> None:
+    def locate(self, folder: Path, experts: dict[str, str] | None) -> None:
         """Point at the experts the caller names, else at those saved beside the gate in `folder`."""
-        if given.get("adapters"):
-            self.adapters = dict(given["adapters"])
+        if experts:
+            self.adapters = dict(experts)
             return
         for name, path in self.adapters.items():
             near = [place for place in (folder / name, folder / path) if (place / CONFIG_NAME).is_file()]

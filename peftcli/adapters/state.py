@@ -1,0 +1,93 @@
+"""One adapter's tensors in and out of a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+from torch import Tensor, nn  # noqa: TID253
+
+from peftcli.adapters import checkpoint
+from peftcli.adapters.engine import adapters_of
+from peftcli.errors import InputError, InputErrors
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: dict[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of one adapter, keyed as its file keys them.
+
+    Args:
+        model: a PeftModel, or a model an adapter was injected into.
+        state_dict: values by the model's own names, where they were gathered from several processes.
+        adapter_name: the adapter.
+        unwrap_compiled: the model is what `torch.compile` returned.
+        save_embedding_layers: also the base's embeddings: True, False, or `auto`: if tokens were added.
+    """
+    model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
+    attached = adapters_of(model)
+    with _values_of(model, adapter_name, state_dict) if state_dict is not None else nullcontext():
+        return checkpoint.adapter_state_dict(attached, adapter_name, save_embedding_layers=save_embedding_layers)
+
+
+@contextmanager
+def _values_of(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> Iterator[None]:
+    """The adapter with the values of `state_dict` inside the `with`, so that they are stored as its own would be."""
+    attached = adapters_of(model)
+    owned = checkpoint.owned_tensors(attached, adapter_name)
+    tensors = {id(t): t for t in (*owned.values(), *checkpoint.embedding_tensors(attached).values())}
+    values = {id(t): state_dict[name] for name, t in model.state_dict(keep_vars=True).items() if name in state_dict}
+    if missing := [key for key, tensor in owned.items() if id(tensor) not in values]:
+        raise InputErrors(InputError("is missing", place="state_dict", field=key) for key in missing)
+    before = {key: tensor.data for key, tensor in tensors.items()}
+    try:
+        for key, tensor in tensors.items():
+            if key in values:
+                tensor.data = values[key].to(tensor.device)
+        yield
+    finally:
+        for key, tensor in tensors.items():
+            tensor.data = before[key]
+
+
+class LoadResult(NamedTuple):
+    """What loading left out: nothing, or it would have raised."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: dict[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
+    """Load a file's tensors into an adapter that is already attached.
+
+    Args:
+        model: a PeftModel, or a model an adapter was injected into.
+        peft_model_state_dict: tensors by the file's keys.
+        adapter_name: the adapter.
+        ignore_mismatched_sizes: leave tensors of another shape out, with a warning.
+        low_cpu_mem_usage: accepted; loading never takes more.
+
+    Raises:
+        InputErrors: listing every missing, unexpected and mis-shaped tensor.
+    """
+    attached = adapters_of(model)
+    given = dict(peft_model_state_dict)
+    if ignore_mismatched_sizes:
+        owned = checkpoint.owned_tensors(attached, adapter_name)
+        for key in [key for key, tensor in given.items() if key in owned and owned[key].shape != tensor.shape]:
+            warnings.warn(f"{key} has another shape and is left as it is", stacklevel=2)
+            given[key] = owned[key].detach().clone()
+    checkpoint.load_state(attached, adapter_name, given)
+    return LoadResult([], [])
