@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch  # noqa: TID253
-from torch import Tensor  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
 
 from peftcli.adapters.base import Adapter
 from peftcli.adapters.config import CONFIG_NAME, PeftConfig, read_strict_json
@@ -447,4 +448,14 @@ def stored_config(attached: Attached, name: str) -> PeftConfig:
         return config.stored()
     method = adapter_class(config)
     sites = [(adapter, p) for adapter, p in attached.sites(name) if isinstance(adapter, method)]
-    return method.stored_config(sites, config) if sites else config.stored()
+    stored = method.stored_config(sites, config) if sites else config.stored()
+    if stored.task_type is None and stored.auto_mapping is None:
+        return replace(stored, auto_mapping=_class_of(attached.root))
+    return stored
+
+
+def _class_of(model: nn.Module) -> dict[str, str] | None:
+    """What `AutoPeftModel` needs to load the base of an adapter without a task: its class, if it is of transformers."""
+    cls = type(model)
+    known = cls.__module__.startswith("transformers.")
+    return {"base_model_class": cls.__name__, "parent_library": cls.__module__} if known else None

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
-from torch import nn  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
 
 from peftcli.adapters.attach import Placement, attach
-from peftcli.adapters.config import PeftConfig
-from peftcli.adapters.engine import adapters_of, attached_to
+from peftcli.adapters.checkpoint import PREFIX
+from peftcli.adapters.config import PeftConfig, as_tuner_config
+from peftcli.adapters.engine import adapters_of, attached_to, base_modules
 from peftcli.adapters.model import PeftModel
 from peftcli.adapters.task_models import model_class
+from peftcli.errors import InputError
 
 
 def get_peft_model(
@@ -64,11 +67,38 @@ def get_peft_model(
 
 
 def inject_adapter_in_model(
-    peft_config: PeftConfig, model: nn.Module, adapter_name: str = "default", low_cpu_mem_usage: bool = False
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Attach an adapter without wrapping the model in a PeftModel."""
+    """Attach an adapter without wrapping the model in a PeftModel.
+
+    Args:
+        peft_config: the adapter's config.
+        model: any module; changed in place.
+        adapter_name: the adapter's name.
+        low_cpu_mem_usage: accepted; attaching never takes more.
+        state_dict: the tensors it will be loaded from: the modules they belong to become its `target_modules`.
+    """
+    if state_dict is not None:
+        peft_config = replace(as_tuner_config(peft_config), target_modules=_modules_of(state_dict, model))
     attach(model, peft_config, adapter_name)
     return model
+
+
+def _modules_of(state_dict: Iterable[str], model: nn.Module) -> set[str]:
+    """The modules of a model that tensors are named after."""
+    paths, found = {path for path, _ in base_modules(model)}, set()
+    for key in state_dict:
+        path = key.removeprefix(PREFIX)
+        while path not in paths:
+            path = path.rpartition(".")[0]
+        found.add(path)
+    if "" in found:
+        raise InputError("holds tensors of no module of this model", place="state_dict")
+    return found
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:

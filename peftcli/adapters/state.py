@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn  # noqa: TID253
 
 from peftcli.adapters import checkpoint
-from peftcli.adapters.engine import adapters_of
+from peftcli.adapters.engine import adapters_of, user_model
 from peftcli.errors import InputError, InputErrors
 
 
@@ -21,7 +21,7 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, Tensor]:
-    """The tensors of one adapter, keyed as its file keys them.
+    """The tensors of one adapter, keyed as its file keys them; by plain paths where the model is no PeftModel, as in PEFT.
 
     Args:
         model: a PeftModel, or a model an adapter was injected into.
@@ -33,7 +33,9 @@ def get_peft_model_state_dict(
     model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
     attached = adapters_of(model)
     with _values_of(model, adapter_name, state_dict) if state_dict is not None else nullcontext():
-        return checkpoint.adapter_state_dict(attached, adapter_name, save_embedding_layers=save_embedding_layers)
+        state = checkpoint.adapter_state_dict(attached, adapter_name, save_embedding_layers=save_embedding_layers)
+    prefix = checkpoint.PREFIX if user_model(model) is model else ""
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items()}
 
 
 @contextmanager
@@ -74,7 +76,7 @@ def set_peft_model_state_dict(
 
     Args:
         model: a PeftModel, or a model an adapter was injected into.
-        peft_model_state_dict: tensors by the file's keys.
+        peft_model_state_dict: tensors by the file's keys, or by plain paths where the model is no PeftModel.
         adapter_name: the adapter.
         ignore_mismatched_sizes: leave tensors of another shape out, with a warning.
         low_cpu_mem_usage: accepted; loading never takes more.
@@ -84,6 +86,8 @@ def set_peft_model_state_dict(
     """
     attached = adapters_of(model)
     given = dict(peft_model_state_dict)
+    if user_model(model) is model:
+        given = {k if k.startswith("base_model.") else checkpoint.PREFIX + k: tensor for k, tensor in given.items()}
     if ignore_mismatched_sizes:
         owned = checkpoint.owned_tensors(attached, adapter_name)
         for key in [key for key, tensor in given.items() if key in owned and owned[key].shape != tensor.shape]:

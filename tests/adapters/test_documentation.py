@@ -257,12 +257,21 @@ def test_an_adapter_is_injected_saved_and_loaded() -> None:
     model = inject_adapter_in_model(config, Dummy())
     nn.init.normal_(model.linear.lora_B["default"].weight)
     state = get_peft_model_state_dict(model)
-    assert sorted(state) == [f"base_model.model.linear.lora_{part}.weight" for part in "AB"]
+    assert sorted(state) == [f"linear.lora_{part}.weight" for part in "AB"]
     again = inject_adapter_in_model(config, Dummy(), low_cpu_mem_usage=True)
     outcome = set_peft_model_state_dict(again, state, low_cpu_mem_usage=True)
     assert outcome.unexpected_keys == []
     ids = torch.arange(8)[None]
     assert torch.equal(again.eval()(ids), model.eval()(ids))
+
+
+def test_the_tensors_say_which_modules_are_adapted() -> None:
+    state = get_peft_model_state_dict(inject_adapter_in_model(LoraConfig(target_modules=["linear"]), Dummy()))
+    model = inject_adapter_in_model(LoraConfig(target_modules=["lm_head", "linear"]), Dummy(), state_dict=state)
+    assert set_peft_model_state_dict(model, state).missing_keys == []
+    assert isinstance(model.linear, BaseTunerLayer) and type(model.lm_head) is nn.Linear
+    with pytest.raises(ValueError, match="no module of this model"):
+        inject_adapter_in_model(LoraConfig(), Dummy(), state_dict={"other.lora_A.weight": torch.ones(1)})
 
 
 def test_functions_for_models_without_a_wrapper() -> None:
