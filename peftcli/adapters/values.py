@@ -122,7 +122,7 @@ def _as_float(raw: bytes, dtype: str) -> NDArray[numpy.float32]:
     if dtype == "F64":
         return numpy.frombuffer(raw, "<f8")
     if dtype in ("F32", "F16"):
-        return numpy.frombuffer(raw, {"F32": "<f4", "F16": "<f2"}[dtype]).astype("<f4")
+        return numpy.frombuffer(raw, {"F32": "<f4", "F16": "<f2"}[dtype]).astype("<f4", copy=False)
     if dtype == "BF16":  # the upper half of a float32
         return (numpy.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
     codes = numpy.frombuffer(raw, "u1")

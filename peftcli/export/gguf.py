@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from peftcli.errors import InputError, InputErrors
 from peftcli.export.lora import Exported, padded, plain_factors
 from peftcli.export.modelfile import modelfile
-from peftcli.lazy import torch
+from peftcli.lazy import numpy
 from peftcli.merging.algebra import LowRank, Rank
 from peftcli.merging.base_weights import BaseWeights
 from peftcli.merging.output import new_folder, require_free
 from peftcli.merging.source import Source
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from numpy.typing import NDArray
 
 FILE, MODELFILE = "adapter.gguf", "Modelfile"
 
@@ -75,13 +75,13 @@ def export_gguf(
     factors, energy, is_exact = plain_factors(source, rank)
     names = _names(source, weights, architecture)
     r = max(pair.rank for pair in factors.values())
-    size = 8 * sum(pair.a.numel() + pair.b.numel() for pair in factors.values())
+    size = 8 * sum(pair.a.size + pair.b.size for pair in factors.values())
     with new_folder(output, inputs=inputs, overwrite=overwrite, size=size) as folder:
         writer = _writer(folder / FILE, architecture, r, source)
         for module, name in names.items():
             a, b = _pair(name, padded(factors[module], r), weights, architecture)
             for part, tensor in (("a", a), ("b", b)):
-                array = tensor.to(getattr(torch, dtype or "float32")).contiguous().numpy()
+                array = numpy.ascontiguousarray(tensor, dtype or "float32")
                 writer.add_tensor(f"{name}.lora_{part}", array)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -91,7 +91,7 @@ def export_gguf(
     return Exported(len(names), (r, r), energy, is_exact)
 
 
-def permuted(rows: Tensor, heads: int) -> Tensor:
+def permuted(rows: NDArray[Any], heads: int) -> NDArray[Any]:
     """Rows [heads * 2 * half, ...] of each head in llama.cpp's order: halves interleaved."""
     return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
@@ -154,9 +154,9 @@ def _names(source: Source, base: BaseWeights, architecture: str) -> dict[str, st
     return names
 
 
-def _pair(name: str, factors: LowRank, base: BaseWeights, architecture: str) -> tuple[Tensor, Tensor]:
+def _pair(name: str, factors: LowRank, base: BaseWeights, architecture: str) -> tuple[NDArray[Any], NDArray[Any]]:
     """A and B as the file holds them."""
-    a, b = factors.a.float(), factors.b.float()
+    a, b = (factor.astype("f4", copy=False) for factor in (factors.a, factors.b))
     if name == "token_embd.weight":
         return a.T, b  # rows of A are looked up by token there
     heads = _heads(name, base) if architecture in PERMUTED else None

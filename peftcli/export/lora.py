@@ -6,7 +6,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peftcli import __version__
 from peftcli.adapters.audit import WEIGHTS_NAME
@@ -14,7 +14,7 @@ from peftcli.adapters.config import CONFIG_NAME
 from peftcli.adapters.keys import PREFIX
 from peftcli.errors import InputError, InputErrors, printable
 from peftcli.export.merged import KINDS, TOKENIZER_FILES
-from peftcli.lazy import torch
+from peftcli.lazy import numpy, torch
 from peftcli.merging.algebra import LowRank, Rank, compress
 from peftcli.merging.base_weights import BaseWeights
 from peftcli.merging.copies import copy_fields
@@ -23,9 +23,6 @@ from peftcli.merging.output import new_folder, require_free
 from peftcli.merging.report import base_label, front_matter
 from peftcli.merging.source import Source
 from peftcli.merging.tensors import TensorWriter
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 CARD = "README.md"
 NEGLIGIBLE = 1e-9
@@ -59,8 +56,8 @@ def export_peft(adapter: Path, output: Path, *, overwrite: bool = False) -> Expo
     source = Source(adapter)
     with new_folder(output, inputs=[adapter], overwrite=overwrite, size=2 * source.audit.file.size) as folder:
         with TensorWriter(folder / WEIGHTS_NAME) as writer:
-            for name, info in sorted(source.audit.file.tensors.items()):
-                writer.add(name, source.read(info))
+            for _, info in sorted(source.audit.file.tensors.items()):
+                writer.copy(info, source.audit.file.path)
         write_config(folder, source.config)
         _copy_beside(adapter, folder, card=True)
     return Exported(len(source.paths), None, 1.0, True)
@@ -100,13 +97,13 @@ def export_lora(
     ranks = {module: pair.rank for module, pair in factors.items()}
     if portable:
         ranks = dict.fromkeys(ranks, max(ranks.values()))
-    size = 8 * sum(pair.a.numel() + pair.b.numel() for pair in factors.values())
+    size = 8 * sum(pair.a.size + pair.b.size for pair in factors.values())
     with new_folder(output, inputs=inputs, overwrite=overwrite, size=size) as folder:
         with TensorWriter(folder / WEIGHTS_NAME) as writer:
             for module, pair in factors.items():
                 shape = source.adapter(module).shape
                 for key, tensor in lora_tensors(shape, padded(pair, ranks[module])).items():
-                    writer.add(key, tensor.to(getattr(torch, dtype or "float32")))
+                    writer.add(key, tensor if dtype is None else torch.from_numpy(tensor).to(getattr(torch, dtype)))
             for name, info in sorted(source.copies.items()):
                 writer.add(PREFIX + name, source.read(info))
         fields: dict[str, Any] = copy_fields([source])
@@ -119,8 +116,8 @@ def export_lora(
 def padded(factors: LowRank, rank: int) -> LowRank:
     """The same product with rows and columns of zeros."""
     missing = rank - factors.rank
-    a: Tensor = torch.nn.functional.pad(factors.a, (0, 0, 0, missing))
-    return LowRank(a, torch.nn.functional.pad(factors.b, (0, missing)))
+    a, b = numpy.pad(factors.a, ((0, missing), (0, 0))), numpy.pad(factors.b, ((0, 0), (0, missing)))
+    return LowRank(a, b)
 
 
 def plain_factors(source: Source, rank: Rank | None) -> tuple[dict[str, LowRank], float, bool]:
@@ -134,7 +131,7 @@ def _factors(source: Source, rank: Rank | None) -> tuple[dict[str, LowRank], flo
     _refuse(source, portable=False)
     factors: dict[str, LowRank] = {}
     kept = total = 0.0
-    generator = torch.Generator().manual_seed(0)
+    generator = numpy.random.default_rng(0)
     for module in source.paths:
         update = source.update(module)
         if isinstance(update, LowRank) and rank is None:

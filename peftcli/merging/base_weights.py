@@ -14,6 +14,7 @@ from peftcli.errors import InputError
 from peftcli.merging.tensors import read_tensor
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 TABLES = (".embed_tokens.weight", ".wte.weight", ".word_embeddings.weight", ".embed_in.weight")
@@ -65,6 +66,11 @@ class BaseWeights:
         if info is None:
             raise InputError(f"has no tensor {name}", place=self.folder, field="--base")
         return self.read(info)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A tensor by its name in the model, float32."""
+        values: NDArray[Any] = self.tensor(name).float().numpy()
+        return values
 
     def matrix(self, shape: SiteShape) -> Tensor:
         """The weight [out, in] of an adapted module, in float32."""

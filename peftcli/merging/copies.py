@@ -12,7 +12,7 @@ from peftcli.merging.operators import OPERATORS, Settings
 from peftcli.merging.source import Source
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from numpy.typing import NDArray
 
 
 def check_full_weights(sources: Sequence[Source], base: BaseWeights | None) -> None:
@@ -45,7 +45,7 @@ def check_full_weights(sources: Sequence[Source], base: BaseWeights | None) -> N
 
 def merged_copy(
     name: str, sources: Sequence[Source], weights: Sequence[float], kind: str, settings: Settings, base: BaseWeights
-) -> Tensor:
+) -> NDArray[Any]:
     """base + the operator over (copy - base), float32. Adapters that leave the tensor alone change nothing.
 
     Args:
@@ -53,9 +53,9 @@ def merged_copy(
         kind: an operator's name.
         settings: densities of all sources.
     """
-    original = base.tensor(name).float()
+    original = base.array(name)
     here = [index for index, source in enumerate(sources) if name in source.copies]
-    changes = [sources[index].read(sources[index].copies[name]).float() - original for index in here]
+    changes = [sources[index].array(sources[index].copies[name]) - original for index in here]
     density = [settings.density[index] for index in here] if settings.density else ()
     chosen = Settings(density, settings.majority_sign_method, settings.generator)
     return original + OPERATORS[kind](changes, [weights[index] for index in here], chosen)

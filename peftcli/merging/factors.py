@@ -10,16 +10,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from peftcli.errors import InputError
-from peftcli.lazy import torch
-from peftcli.merging.operators import OPERATORS, Settings
+from peftcli.merging.operators import OPERATORS, Settings, namespace
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from peftcli.merging.operators import Array
 
 
 def combine_factors(
-    factors: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float], kind: str, settings: Settings, *, place: str
-) -> tuple[Tensor, Tensor]:
+    factors: Sequence[tuple[Array, Array]], scalings: Sequence[float], kind: str, settings: Settings, *, place: str
+) -> tuple[Array, Array]:
     """A [r, in] and B [out, r], scaling 1, of a merge in factor space.
 
     Args:
@@ -34,7 +33,8 @@ def combine_factors(
     """
     if kind == "cat":
         stacked = [a * scaling for (a, _), scaling in zip(factors, scalings, strict=True)]
-        return torch.cat(stacked), torch.cat([b for _, b in factors], dim=1)
+        xp = namespace(stacked[0])
+        return xp.concatenate(stacked), xp.concatenate([b for _, b in factors], axis=1)
     if len({a.shape for a, _ in factors}) > 1:
         raise InputError(
             "All adapters must have the same r value when using combination_type linear, ties, dare_ties or dare_linear.",

@@ -15,12 +15,12 @@ from peftcli.adapters.targets import DUMMY_TARGET_MODULES
 from peftcli.merging.algebra import LowRank
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from numpy.typing import NDArray
 
 
-def lora_tensors(shape: SiteShape, factors: LowRank) -> dict[str, Tensor]:
+def lora_tensors(shape: SiteShape, factors: LowRank) -> dict[str, NDArray[Any]]:
     """The tensors of one module by their key in the file, float32; the scaling is 1."""
-    a, b = factors.a.float(), factors.b.float()
+    a, b = (factor.astype("f4", copy=False) for factor in (factors.a, factors.b))
     prefix = f"{PREFIX}{shape.name}."
     if shape.kind == "embedding":
         return {f"{prefix}lora_embedding_A": a, f"{prefix}lora_embedding_B": b}

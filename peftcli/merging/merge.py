@@ -19,8 +19,8 @@ from peftcli.adapters.config import CONFIG_NAME
 from peftcli.adapters.keys import PREFIX
 from peftcli.adapters.methods.lora import Lora
 from peftcli.errors import InputError, InputErrors, printable
-from peftcli.lazy import torch
-from peftcli.merging.algebra import Compressed, LowRank, Rank, Update, compress, inner, sign_conflicts, stack
+from peftcli.lazy import numpy
+from peftcli.merging.algebra import Compressed, LowRank, Rank, Update, compress, inner_products, sign_conflicts, stack
 from peftcli.merging.algebra import Dense as DenseUpdate
 from peftcli.merging.base_weights import BaseWeights
 from peftcli.merging.copies import check_full_weights, copy_fields, merged_copy
@@ -30,13 +30,14 @@ from peftcli.merging.operators import OPERATORS, SVD_TYPES, Settings
 from peftcli.merging.output import new_folder, require_free
 from peftcli.merging.report import MergeReport, ModuleReport, card, write_report
 from peftcli.merging.settings import MergeSettings
-from peftcli.merging.source import Source
+from peftcli.merging.source import Source, is_plain_lora
 from peftcli.merging.tensors import TensorWriter
 from peftcli.merging.tokens import merged_rows, token_fields, token_modules
 from peftcli.merging.vectors import check_scales, merged_scale, scale_config
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from numpy.random import Generator
+    from numpy.typing import NDArray
 
 
 def merge_adapters(
@@ -85,7 +86,7 @@ def _copied(folder: Path, source: Source, settings: MergeSettings) -> MergeRepor
     """One adapter with weight 1 is itself, whatever its method; a `.bin` becomes safetensors."""
     with TensorWriter(folder / WEIGHTS_NAME) as writer:
         for info in source.audit.file.tensors.values():
-            writer.add(info.name, source.read(info))
+            writer.copy(info, source.audit.file.path)
     shutil.copyfile(source.folder / CONFIG_NAME, folder / CONFIG_NAME)
     return MergeReport.of([source], settings, [], source.config, cosines=[[1.0]])
 
@@ -142,7 +143,7 @@ class _Merge:
         self.sources = [source for source, _, _ in rows]
         self.weights = [weight for _, weight, _ in rows]
         self.density = [kept for _, _, kept in rows if kept is not None]
-        self._products = torch.zeros(len(sources), len(sources), dtype=torch.float64)
+        self._products = numpy.zeros((len(sources), len(sources)))
 
     @property
     def is_ia3(self) -> bool:
@@ -151,7 +152,7 @@ class _Merge:
     def generator(self, place: str) -> Generator:
         """Randomness of one module: it depends on the seed and the name, not on what was drawn before."""
         digest = hashlib.sha256(f"{self.settings.seed}:{place}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        return numpy.random.default_rng(int.from_bytes(digest, "little"))
 
     def operator_settings(self, place: str, here: Sequence[int] | None = None) -> Settings:
         density = [self.density[index] for index in here] if here is not None and self.density else self.density
@@ -186,13 +187,15 @@ class _Merge:
         rows = []
         for name, here, shape in self.modules():
             updates = [self.sources[index].update(name) for index in here]
-            weights = [self.weights[index] for index in here]
-            merged = self._merged(name, here, updates, weights)
+            low = [update for update in updates if isinstance(update, LowRank)]
+            stacked = stack(low) if len(low) == len(updates) else None
+            merged = self._merged(name, here, updates, stacked)
             for key, tensor in lora_tensors(shape, merged.factors).items():
                 writer.add(key, tensor)
             ranks[name] = merged.factors.rank
-            self._count_products(here, updates)
-            rows.append(self._row(name, here, updates, weights, merged))
+            products = inner_products(updates, stacked)
+            self._products[numpy.ix_(here, here)] += products
+            rows.append(self._row(name, here, updates, products.diagonal(), merged))
         configs = [source.config for source in self.given]
         fields = copy_fields(self.given) | token_fields(self.given)
         if self.base is not None:
@@ -201,17 +204,18 @@ class _Merge:
             )
         return lora_config(configs, ranks, **fields), rows
 
-    def _merged(self, name: str, here: list[int], updates: list[Update], weights: list[float]) -> Compressed:
+    def _merged(self, name: str, here: list[int], updates: list[Update], stacked: LowRank | None) -> Compressed:
         method, rank = self.settings.method, self.settings.rank
+        weights = [self.weights[index] for index in here]
         if self.settings.space == "factors" and method not in SVD_TYPES:
             return self._in_factors(name, here, rank)
-        low = [update for update in updates if isinstance(update, LowRank)]
-        if self.settings.operator == "linear" and len(low) == len(updates):
-            stacked = stack(low, weights)
+        if self.settings.operator == "linear" and stacked is not None:
+            ranks = [update.rank for update in updates]
+            total = stacked.weighted(numpy.repeat(weights, ranks))
             if method == "cat" and rank is None:
-                return Compressed(stacked, 1.0, stacked.norm())
-            rank = rank or (Rank(number=max(update.rank for update in low)) if method == "svd" else Rank())
-            return compress(stacked, rank, self.generator(name))
+                return Compressed(total, 1.0, total.norm())
+            rank = rank or (Rank(number=max(ranks)) if method == "svd" else Rank())
+            return compress(total, rank, self.generator(name))
         operator = OPERATORS[self.settings.operator]
         matrix = operator([update.dense() for update in updates], weights, self.operator_settings(name, here))
         return compress(DenseUpdate(matrix, 1), rank or self._default_rank(updates), self.generator(name))
@@ -226,15 +230,15 @@ class _Merge:
         for index in here:
             source = self.sources[index]
             adapter = source.adapter(name)
-            if type(adapter) is not Lora:
+            if not is_plain_lora(adapter):
                 raise InputError(
                     f"{source.what} has no factors A and B alone to merge", place=source.folder, fix="--space delta"
                 )
-            pair = adapter.pair(source.tensors(name, adapter))
-            factors.append(cast("tuple[Tensor, Tensor]", tuple(factor.flatten(1) for factor in pair)))
+            pair = source.pair(name, cast(Lora, adapter))
+            factors.append((pair.a, pair.b))
             scalings.append(self.weights[index] * adapter.scaling)
         a, b = combine_factors(factors, scalings, self.settings.method, self.operator_settings(name, here), place=name)
-        product = LowRank(a.double(), b.double())
+        product = LowRank(a, b)
         return compress(product, rank, self.generator(name)) if rank else Compressed(product, 1.0, product.norm())
 
     # -- what is trained in full ----------------------------------------------------------------------------------
@@ -251,28 +255,21 @@ class _Merge:
 
     # -- report ---------------------------------------------------------------------------------------------------
 
-    def _count_products(self, here: list[int], updates: list[Update]) -> None:
-        for i, first in zip(here, updates, strict=True):
-            for j, second in zip(here, updates, strict=True):
-                if i <= j:
-                    self._products[i, j] += inner(first, second)
-
     def _row(
-        self, name: str, here: list[int], updates: list[Update], weights: list[float], merged: Compressed
+        self, name: str, here: list[int], updates: list[Update], squares: NDArray[Any], merged: Compressed
     ) -> ModuleReport:
         norms: list[float | None] = [None] * len(self.sources)
-        for index, update in zip(here, updates, strict=True):
-            norms[self.given.index(self.sources[index])] = update.norm()
-        conflicts = sign_conflicts(updates, weights) if len(updates) > 1 else None
+        for index, square in zip(here, squares, strict=True):
+            norms[self.given.index(self.sources[index])] = float(max(square, 0.0) ** 0.5)
+        conflicts = sign_conflicts(updates, [self.weights[index] for index in here]) if len(updates) > 1 else None
         return ModuleReport(name, merged.factors.rank, merged.norm, merged.energy, conflicts, norms)
 
     def report(self, rows: list[ModuleReport], config: Any) -> MergeReport:
         """What the merge came to, adapters in the order they were named in."""
         order = [self.sources.index(source) for source in self.given]
-        products = self._products.triu() + self._products.triu(1).T
-        size = products.diagonal().clamp_min(0).sqrt()
-        scale = (size[:, None] * size).clamp_min(1e-300)
-        cosines = (products / scale)[order][:, order].tolist()
+        size = numpy.sqrt(self._products.diagonal().clip(0))
+        scale = numpy.outer(size, size).clip(1e-300)
+        cosines = (self._products / scale)[numpy.ix_(order, order)].tolist()
         return MergeReport.of(self.given, self.settings, rows, config, cosines=cosines if rows else [])
 
 

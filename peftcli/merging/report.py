@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftcli import __version__
 from peftcli.errors import printable
+from peftcli.merging.algebra import SAMPLED_COLUMNS, SAMPLED_ROWS
 from peftcli.recipe.redact import redact
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class ModuleReport:
         rank: of the result.
         norm: of the merged update, before its rank was cut.
         energy: share of the squared norm that the result holds.
-        sign_conflicts: share of shared places where adapters pull apart (on sampled rows); None for one adapter.
+        sign_conflicts: share of shared places where adapters pull apart, on a sample; None for one adapter.
         parents: norm of each adapter's update; None where it does not adapt the module.
     """
 
@@ -120,6 +121,7 @@ class MergeReport:
                 "majority_sign_method": settings.majority_sign_method,
                 "rank": None if rank is None else rank.number or rank.energy,
                 "seed": settings.seed,
+                "sign_conflict_sample": [SAMPLED_ROWS, SAMPLED_COLUMNS],
             },
             modules=rows,
         )

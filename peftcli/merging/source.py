@@ -6,7 +6,7 @@ import hashlib
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peftcli.adapters.audit import Audit, audit_folder
 from peftcli.adapters.audit_modules import Part
@@ -14,19 +14,24 @@ from peftcli.adapters.base import Adapter, DeltaAdapter, LowRankAdapter, SiteSha
 from peftcli.adapters.fingerprint import check_fingerprint
 from peftcli.adapters.header import TensorInfo
 from peftcli.adapters.keys import PREFIX
+from peftcli.adapters.methods.lora import Lora
 from peftcli.adapters.registry import adapter_class
+from peftcli.adapters.values import read_array
 from peftcli.errors import InputError, InputErrors
 from peftcli.files import open_regular
-from peftcli.lazy import torch
+from peftcli.lazy import numpy, torch
 from peftcli.merging.algebra import Dense, LowRank, Update
 from peftcli.merging.base_weights import BaseWeights
 from peftcli.merging.tensors import read_tensor
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 REPEATED = re.compile(r"\.(modules_to_save|original_module)\.")
 """In the keys of biases PEFT stores once more when all biases are trained, and of the replaced ones, which do nothing."""
+
+FACTORS = ("lora_A.weight", "lora_B.weight")
 
 USUAL_RANK = 16
 """Given to the update of a method that has no rank."""
@@ -62,10 +67,10 @@ class Source:
     @cached_property
     def sha256(self) -> str:
         """Hash of the weights' file: what a card names a parent by."""
-        digest = hashlib.sha256()
+        digest, block = hashlib.sha256(), bytearray(1 << 20)
         with open_regular(self.audit.file.path) as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            while count := file.readinto(block):  # type: ignore[attr-defined]  # a buffered reader has it
+                digest.update(memoryview(block)[:count])
         return digest.hexdigest()
 
     @property
@@ -98,6 +103,11 @@ class Source:
             return False
         original = self.audit.base.find(key.replace(".base_layer.", "."))
         return original is not None and original.shape == info.shape
+
+    def array(self, info: TensorInfo) -> NDArray[Any]:
+        """One of its tensors as float32, without torch."""
+        with open_regular(self.audit.file.path) as file:
+            return read_array(file, info)
 
     def read(self, info: TensorInfo) -> Tensor:
         """One of its tensors as it is stored."""
@@ -182,17 +192,28 @@ class Source:
             self.base_weight(adapter.shape)
         if self.starts_from_quantized:
             raise InputError("LoftQ's update belongs to a base quantised its way, not to the base", place=self.folder)
+        if is_plain_lora(adapter):
+            pair = self.pair(module, cast(Lora, adapter))
+            return LowRank(pair.a, pair.b * numpy.float32(adapter.scaling))
         p = self.tensors(module, adapter)
         if "lora_B.bias" in p:
             raise InputError("has `lora_bias`: a bias is no part of B A", place=self.folder, field="lora_bias")
         self._require_same_bias(adapter, p)
         if isinstance(adapter, LowRankAdapter) and type(adapter).delta is LowRankAdapter.delta:
             a, b = adapter.factors(p)
-            return LowRank(a.double(), b.double())
+            return LowRank(a.numpy(), b.numpy())
         if isinstance(adapter, DeltaAdapter):
-            return Dense(adapter.delta(p), self._nominal_rank(adapter))
+            return Dense(adapter.delta(p).numpy(), self._nominal_rank(adapter))
         weight = self.base_weight(adapter.shape)
-        return Dense(adapter.merged_weight(p, weight) - weight, self._nominal_rank(adapter))
+        return Dense((adapter.merged_weight(p, weight) - weight).numpy(), self._nominal_rank(adapter))
+
+    def pair(self, module: str, adapter: Lora) -> LowRank:
+        """A and B of plain LoRA as matrices, without the scaling."""
+        assert self.part is not None
+        held = self.part.modules[self.paths[module]]
+        names = ("lora_embedding_A", "lora_embedding_B") if adapter.shape.kind == "embedding" else FACTORS
+        a, b = (self.array(held[name]) for name in names)
+        return LowRank(a.reshape(len(a), -1), b.reshape(len(b), -1))
 
     def _require_same_bias(self, adapter: Adapter, p: Tensors) -> None:
         """A method that turns outputs turns the bias with them, and some add to it: no update of the weight can do that."""
@@ -208,6 +229,11 @@ class Source:
     def _nominal_rank(self, adapter: Adapter) -> int:
         rank = getattr(adapter, "r", None) or getattr(self.config, "r", None)
         return min(rank or USUAL_RANK, *adapter.shape.matrix)
+
+
+def is_plain_lora(adapter: Adapter) -> bool:
+    """Whether A and B are all there is: they are read without torch."""
+    return type(adapter) is Lora and adapter.tensors().keys() <= {*FACTORS, "lora_embedding_A", "lora_embedding_B"}
 
 
 def loaded(adapter: Adapter, held: dict[str, Tensor], shared: dict[str, Tensor]) -> Tensors:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from peftcli.adapters.header import TensorInfo
 from peftcli.errors import InputError, printable
 from peftcli.files import open_regular
-from peftcli.lazy import torch
+from peftcli.lazy import numpy, torch
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 DTYPES = {
@@ -42,15 +43,18 @@ def read_tensor(path: Path, info: TensorInfo) -> Tensor:
     return flat.reshape(info.shape) if info.strides is None else flat.as_strided(info.shape, info.strides).contiguous()
 
 
-def dtype_code(dtype: torch.dtype) -> str:
-    """safetensors' name of a dtype."""
+def dtype_code(dtype: object) -> str:
+    """safetensors' name of torch's or numpy's dtype."""
     return _NAMES[str(dtype).removeprefix("torch.")]
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor | NDArray[Any]) -> memoryview:
     """A tensor's bytes, row by row, as the format wants them."""
-    flat: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
+    array: Any = (
+        tensor if isinstance(tensor, numpy.ndarray) else tensor.detach().contiguous().view(-1).view(torch.uint8)
+    )
+    raw: Any = numpy.ascontiguousarray(array)
+    return memoryview(raw).cast("B")
 
 
 def header_bytes(entries: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
@@ -84,10 +88,20 @@ class TensorWriter:
         self._file = self._data.open("wb")
         self._entries: dict[str, tuple[str, tuple[int, ...], int]] = {}
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor | NDArray[Any]) -> None:
         raw = tensor_bytes(tensor)
         self._entries[name] = (dtype_code(tensor.dtype), tuple(tensor.shape), len(raw))
         self._file.write(raw)
+
+    def copy(self, info: TensorInfo, path: Path) -> None:
+        """Add a tensor of another file as it is."""
+        if info.strides is not None:
+            self.add(info.name, read_tensor(path, info))
+            return
+        self._entries[info.name] = (info.dtype, info.shape, info.stop - info.start)
+        self._file.flush()
+        with open_regular(path) as source:
+            copy_range(source.fileno(), info.start, self._file.fileno(), info.stop - info.start)
 
     def __enter__(self) -> TensorWriter:
         return self

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from peftcli.adapters.keys import PREFIX, base_path
-from peftcli.lazy import torch
+from peftcli.lazy import numpy
 from peftcli.merging.base_weights import BaseWeights
 from peftcli.merging.operators import OPERATORS, Settings
 from peftcli.merging.source import Source
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from numpy.typing import NDArray
 
 KEY = "token_adapter.trainable_tokens_delta"
 
@@ -35,7 +35,7 @@ def merged_rows(
     kind: str,
     settings: Settings,
     base: BaseWeights,
-) -> tuple[str, Tensor]:
+) -> tuple[str, NDArray[Any]]:
     """The key in the file and the merged rows [tokens, size], float32.
 
     Args:
@@ -44,16 +44,16 @@ def merged_rows(
         kind: an operator's name.
         settings: densities of all sources.
     """
-    original = base.tensor(f"{module}.weight")[torch.tensor(tokens)].float()
+    original = base.array(f"{module}.weight")[numpy.array(tokens)]
     place = {token: row for row, token in enumerate(tokens)}
     changes, here = [], []
     for index, source in enumerate(sources):
         for part in source.companions:
             path = next(iter(part.modules))
             if base_path(path) == module:
-                rows = torch.tensor([place[token] for token in _indices(part)])
-                change = torch.zeros_like(original)
-                change[rows] = source.read(part.modules[path][KEY]).float() - original[rows]
+                rows = numpy.array([place[token] for token in _indices(part)])
+                change = numpy.zeros_like(original)
+                change[rows] = source.array(part.modules[path][KEY]) - original[rows]
                 changes.append(change)
                 here.append(index)
     density = [settings.density[index] for index in here] if settings.density else ()

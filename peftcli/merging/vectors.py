@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from peftcli.adapters.keys import PREFIX
 from peftcli.errors import InputError
-from peftcli.lazy import torch
 from peftcli.merging.lora_file import target_modules
 from peftcli.merging.operators import OPERATORS, Settings
 from peftcli.merging.source import Source
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from numpy.typing import NDArray
 
 
 def check_scales(sources: Sequence[Source], kind: str) -> None:
@@ -35,7 +34,7 @@ def check_scales(sources: Sequence[Source], kind: str) -> None:
 
 def merged_scale(
     module: str, sources: Sequence[Source], weights: Sequence[float], kind: str, settings: Settings, *, centre: float
-) -> tuple[str, Tensor]:
+) -> tuple[str, NDArray[Any]]:
     """The key in the file and the merged scale of one module. Where an adapter is absent its scale is 1.
 
     Args:
@@ -46,11 +45,11 @@ def merged_scale(
         if module in source.paths:
             assert source.part is not None
             held = source.part.modules[source.paths[module]]
-            scales.append(source.read(held["ia3_l"]).float() - centre)
+            scales.append(source.array(held["ia3_l"]) - centre)
             chosen.append(weights[index])
             density += [settings.density[index]] if settings.density else []
     merged = OPERATORS[kind](scales, chosen, Settings(density, settings.majority_sign_method, settings.generator))
-    return f"{PREFIX}{module}.ia3_l", (merged + centre).to(torch.float32)
+    return f"{PREFIX}{module}.ia3_l", (merged + centre).astype("f4")
 
 
 def scale_config(sources: Sequence[Source], modules: Sequence[str]) -> Any:

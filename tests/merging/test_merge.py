@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -280,3 +282,16 @@ def test_report_and_card(place: Path, tmp_path: Path) -> None:
     assert row.parents[0] == pytest.approx(
         float(torch.linalg.norm(deltas(place / "base", place / "a")[row.module])), rel=1e-4
     )
+
+
+def test_lora_files_are_merged_without_torch(place: Path, tmp_path: Path) -> None:
+    """torch takes longer to import than the merge takes."""
+    code = (
+        "import sys; from peftcli.__main__ import main\ncode = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+    )
+    for method in ("linear", "cat", "svd", "ties", "dare_ties"):
+        for space in ("delta", "factors"):
+            options = ["--method", method, "--space", space, "--density", "0.5", "-o", str(tmp_path / method / space)]
+            command = [sys.executable, "-c", code, "merge", str(place / "a"), str(place / "d"), *options]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            assert done.stdout.splitlines()[-1] == "0 False"

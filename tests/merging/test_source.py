@@ -56,4 +56,4 @@ def test_updates_are_those_of_the_model(name: str, monkeypatch: pytest.MonkeyPat
         assert isinstance(layer, AdapterLayer)
         with torch.no_grad():
             wanted = layer.effective(["default"])[0] - layer.site.weight()
-        torch.testing.assert_close(update.dense(), wanted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.from_numpy(update.dense()), wanted, atol=1e-5, rtol=0)
