@@ -1,7 +1,7 @@
 # make demo    a first adapter: install, train on SmolLM2-135M, compare with the base
 # make test    the test suite
 # make test-slow  what takes minutes or gigabytes
-# make bench   all benchmarks against PEFT and Trainer, in a venv of their own (more than an hour); benchmarks/RESULTS.md
+# make bench   all benchmarks against PEFT and Trainer, in a venv of their own (half an hour or more); benchmarks/RESULTS.md
 # make bench-quick  the rows that matter most, once (minutes)
 # make lint    formatting, lint, types
 # make clean   remove what the targets made (the converted base stays in ~/.cache/peftcli)

@@ -5,6 +5,7 @@ Torch-free, standard library only: a subject's file is run with our Python and w
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -205,6 +206,7 @@ def report(**measured: float) -> None:
 @contextmanager
 def watched(measured: dict[str, Any]) -> Iterator[None]:
     """Put CPU seconds and the memory added at its peak (MB) of a block into `measured`, as `seconds` and `memory`."""
+    ctypes.CDLL(None).malloc_trim(0)  # what loading left free would hide as much of what the block takes
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before, began = _status("VmRSS"), time.process_time()
     yield

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import random
+from typing import Literal
 
 BASE = "base"
 """Folder of the base model in the folder for files."""
 
 LONGEST, VOCABULARY = 512, 49152
 
+Sample = tuple[list[int], list[bool]]
+"""Token ids, and whether each is learnt."""
 
-def samples(count: int, *, longest: int = LONGEST, seed: int = 0) -> list[tuple[list[int], list[bool]]]:
-    """(token ids, whether each is learnt) of `count` samples.
+Batches = Literal["random", "grouped"]
+
+
+def batches(kind: Batches, count: int, rows: int) -> list[Sample]:
+    """Samples that make `count` batches of `rows`, taken in this order.
+
+    `random` is any order. `grouped` is what grouping by length comes to: Trainer's `group_by_length` sorts chunks of 50
+    batches, so here 50 batches are sorted and `count` of them taken, spread evenly from the longest to the shortest.
+    """
+    if kind == "random":
+        return samples(count * rows)
+    chunk = sorted(samples(50 * rows), key=lambda sample: -len(sample[0]))
+    starts = [rows * (50 * (2 * number + 1) // (2 * count)) for number in range(count)]
+    return [sample for start in starts for sample in chunk[start : start + rows]]
+
+
+def samples(count: int, *, longest: int = LONGEST, seed: int = 0) -> list[Sample]:
+    """`count` samples.
 
     Lengths are log-normal with a median of 160 tokens, cut at `longest`, as instruction data are (mean ~200, a few at
     the limit); the last 70 % of each sample are learnt. The tokens are random: time does not depend on which they are.

@@ -1,8 +1,9 @@
 """Training steps: LoRA on SmolLM2-135M, our loop against transformers.Trainer with PEFT.
 
-Both sides see the same samples once, 8 to a step. `random` is Trainer's default order; `grouped` is what its
-`group_by_length` comes to on large data, neighbours in length together and next to no padding: of the few samples here
-it would sort each batch only, so Trainer is given them sorted. Run as a child: `python -m benchmarks.training --side ours ...`.
+Both sides train on the same batches in the same order (`samples.batches`), which Trainer is given by its sequential
+sampling: of the few samples here its own `group_by_length` would make one unsorted heap. What Trainer's batches really
+hold is counted where they are made, and grouped ones that are padded stop the benchmark.
+Run as a child: `python -m benchmarks.training --side ours ...`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Command, Row, Subject, module, report, watched
-from benchmarks.samples import BASE, samples
+from benchmarks.samples import BASE, Sample, batches
+
+ROWS, STEPS = 8, 3
+"""Samples in a batch, and batches in a run."""
+
+MOST_PADDING = 0.08
+"""Share of padding up to which batches count as grouped."""
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("LoraConfig", {"r": 16, "lora_alpha": 32}),
@@ -43,15 +50,15 @@ def prepare(work: Path) -> None:
 def against_trainer() -> list[Row]:
     """Trainer's default order, and grouped by length."""
     rows = []
-    for dtype, batches, speed, memory in (
+    for dtype, order, speed, memory in (
         ("bfloat16", "random", 3.5, 5.0),
         ("bfloat16", "grouped", 1.4, 2.2),
         ("float32", "random", 3.0, None),
         ("float32", "grouped", 1.15, None),
     ):
-        options = ("--dtype", dtype, "--batches", batches)
+        options = ("--dtype", dtype, "--batches", order)
         ours, rival = child("ours", *options), child("rival", *options)
-        name, quick = f"LoRA step, {dtype}, against Trainer's {batches} batches", dtype == "bfloat16"
+        name, quick = f"LoRA step, {dtype}, against Trainer's {order} batches", dtype == "bfloat16"
         rows.append(Row(name, "seconds", ours, rival, speed, quick=quick))
         if memory is not None:
             rows.append(Row(f"{name}: memory added", "memory", ours, rival, memory, quick=quick))
@@ -109,17 +116,22 @@ SUBJECTS = [
 # -- children -------------------------------------------------------------------------------------------------------
 
 
-def train_ours(options: argparse.Namespace, data: list[tuple[list[int], list[bool]]]) -> dict[str, Any]:
-    """Our loop, as `peft train` runs it."""
+def train_ours(options: argparse.Namespace, data: list[Sample]) -> dict[str, Any]:
+    """Our loop, as `peft train` runs it, but for the order of the samples."""
     import numpy as np
 
     import peftcli
     from peftcli.data.tokens import TokenDataset
     from peftcli.recipe.schema import ModelSection, QuantizationSection
     from peftcli.recipe.training_section import TrainingSection
+    from peftcli.training.batches import Window
     from peftcli.training.loop import Trainer
     from peftcli.training.model import load_base
     from peftcli.training.strategies.plain import Strategy
+
+    class InOrder(Trainer):
+        def _windows(self, epoch: int) -> list[Window]:
+            return [[list(range(start, start + ROWS))] for start in range(0, len(data), ROWS)]
 
     bits = {4: QuantizationSection(load_in_4bit=True)}.get(options.bits)
     base = load_base(ModelSection(name_or_path=str(options.work / BASE), dtype=options.dtype), bits)
@@ -132,19 +144,17 @@ def train_ours(options: argparse.Namespace, data: list[tuple[list[int], list[boo
         settings = TrainingSection(
             output_dir=folder,
             num_train_epochs=1,
-            per_device_train_batch_size=options.rows,
+            per_device_train_batch_size=ROWS,
             save_strategy="no",
             load_best_model_at_end=False,
-            group_by_length=options.batches == "grouped",
-            gradient_checkpointing=options.checkpoint,
         )
-        trainer = Trainer(model, dataset, settings, Path(folder), strategy=Strategy(settings))
+        trainer = InOrder(model, dataset, settings, Path(folder), strategy=Strategy(settings))
         with watched(measured):
-            outcome = trainer.train()
-    return {**measured, "steps": outcome.steps}
+            trainer.train()
+    return measured
 
 
-def train_rival(options: argparse.Namespace, data: list[tuple[list[int], list[bool]]]) -> dict[str, Any]:
+def train_rival(options: argparse.Namespace, data: list[Sample]) -> dict[str, Any]:
     """PEFT and transformers.Trainer, as their documentation has it."""
     import torch
     import transformers
@@ -158,9 +168,11 @@ def train_rival(options: argparse.Namespace, data: list[tuple[list[int], list[bo
         {"input_ids": ids, "labels": [i if learnt else -100 for i, learnt in zip(ids, mask, strict=True)]}
         for ids, mask in data
     ]
+    tokens: list[int] = []  # of each batch, padding included
 
     def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         width = -(-max(len(row["input_ids"]) for row in batch) // 8) * 8
+        tokens.append(width * len(batch))
 
         def padded(values: list[list[int]], fill: int) -> torch.Tensor:
             return torch.tensor([v + [fill] * (width - len(v)) for v in values])
@@ -177,18 +189,20 @@ def train_rival(options: argparse.Namespace, data: list[tuple[list[int], list[bo
         arguments = transformers.TrainingArguments(
             folder,
             num_train_epochs=1,
-            per_device_train_batch_size=options.rows,
+            per_device_train_batch_size=ROWS,
             save_strategy="no",
             report_to="none",
             use_cpu=True,
             disable_tqdm=True,
-            gradient_checkpointing=options.checkpoint,
-            train_sampling_strategy="sequential" if options.batches == "grouped" else "random",
+            train_sampling_strategy="sequential",
         )
         trainer = transformers.Trainer(model, arguments, train_dataset=rows, data_collator=collate)
         with watched(measured):
             trainer.train()
-    return {**measured, "steps": trainer.state.global_step}
+    padding = 1 - sum(len(ids) for ids, _ in data) / sum(tokens)
+    if options.batches == "grouped" and padding > MOST_PADDING:
+        raise RuntimeError(f"{padding:.0%} of the tokens in the rival's grouped batches are padding")
+    return {**measured, "padding": padding}
 
 
 def main() -> None:
@@ -198,16 +212,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--method", default="lora", choices=METHODS)
     parser.add_argument("--batches", default="random", choices=("random", "grouped"))
-    parser.add_argument("--count", type=int, default=24)
-    parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--bits", type=int, default=16)
-    parser.add_argument("--checkpoint", action="store_true")
     options = parser.parse_args()
-    data = samples(options.count)
-    if options.batches == "grouped":
-        data.sort(key=lambda sample: -len(sample[0]))
     train = train_ours if options.side == "ours" else train_rival
-    report(**train(options, data), tokens=sum(len(ids) for ids, _ in data))
+    report(**train(options, batches(options.batches, STEPS, ROWS)))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class TrainingSection(Section):
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1 << 20)] = 1
     """Forward passes per optimizer step."""
     group_by_length: bool = True
-    """Put samples of similar length into one batch: less padding, the same loss."""
+    """Put samples of similar length into one batch: less padding. False takes less memory on bases that run without it."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1000)] = 2e-4
     """Peak learning rate."""
