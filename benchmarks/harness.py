@@ -164,7 +164,7 @@ class Verdict:
     Attributes:
         row: the row.
         ours, against: medians.
-        value: the ratio, or our number alone.
+        value: the median of the turns' ratios, or our median alone.
         spread: lowest and highest value over the repeats.
     """
 
@@ -192,7 +192,7 @@ def verdict(row: Row, results: Results) -> Verdict | None:
         return of_against / of_ours if row.better == "more" else of_ours / of_against
 
     pairs = [ratio(a, b) for a, b in zip(ours, against, strict=True)]
-    return Verdict(row, median(ours), median(against), ratio(median(ours), median(against)), (min(pairs), max(pairs)))
+    return Verdict(row, median(ours), median(against), median(pairs), (min(pairs), max(pairs)))
 
 
 # -- for children ---------------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ def write(tables: Sequence[tuple[Subject, list[Verdict]]], folder: Path, machine
         "",
         f"Measured {date.today()} with `make bench`. {_machine()}, {machine.threads} thread(s) a process on both sides.",
         f"Ours: {_ours()}. The rival: {_rivals(machine)}.",
-        f"Medians of {repeats} runs, the two sides in turn; in brackets the lowest and highest ratio. Times are CPU seconds,",
-        f"since other work shares the machine. Both sides run with `GLIBC_TUNABLES={ALLOCATOR}`.",
+        f"Medians of {repeats} runs, the two sides in turn, and of their ratios, turn by turn; in brackets the lowest and highest.",
+        f"Times are CPU seconds, since other work shares the machine. Both sides run with `GLIBC_TUNABLES={ALLOCATOR}`.",
         "",
         "![ratios against their targets](results.png)",
     ]
