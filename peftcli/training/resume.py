@@ -53,6 +53,7 @@ def _write(
     trained = state.trained_tensors(trainer.model)
     content = {
         "progress": asdict(trainer.progress),
+        "strategy": trainer.strategy.name,
         "identity": identity(trainer),
         "optimizer": plain,
         "scheduler": trainer.scheduler.state_dict(),

@@ -27,6 +27,9 @@ TRAINABLE = "trainable.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 TRAINER = "trainer.json"
 
+FLOAT32 = "float32"
+"""Field of an optimizer's state: what a parameter of 16 bits is before rounding, where the optimizer keeps that (ZeRO)."""
+
 
 @dataclass
 class Progress:
@@ -153,10 +156,14 @@ def join_optimizer(optimizer: Optimizer, names: list[str], folder: Path, plain: 
     state: dict[int, dict[str, Any]] = {index[name]: dict(fields) for name, fields in plain["values"].items()}
     for key, tensor in load_file(folder / OPTIMIZER).items():
         name, field = key.rsplit("/", 1)
-        state.setdefault(index[name], {})[field] = tensor
-    # JSON has lists where torch wants tuples (Adam's betas).
-    groups = [{key: tuple(v) if key == "betas" else v for key, v in group.items()} for group in plain["groups"]]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if field != FLOAT32:
+            state.setdefault(index[name], {})[field] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": read_groups(plain)})
+
+
+def read_groups(plain: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The optimizer's groups in a checkpoint. JSON has lists where torch wants tuples (Adam's betas)."""
+    return [{key: tuple(v) if key == "betas" else v for key, v in group.items()} for group in plain["groups"]]
 
 
 # -- random states --------------------------------------------------------------------------------------------------

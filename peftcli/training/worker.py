@@ -34,7 +34,7 @@ from peftcli.recipe.load import load_recipe
 from peftcli.recipe.redact import redact
 from peftcli.recipe.schema import Recipe
 from peftcli.report.plots import plot_losses
-from peftcli.training import checkpoints, machines
+from peftcli.training import checkpoints, machines, state
 from peftcli.training.batches import row_length
 from peftcli.training.callbacks import (
     LOG_NAME,
@@ -207,9 +207,13 @@ class _Worker:
         found = checkpoints.find_checkpoint(self.folder, resume)
         for path, reason in found.skipped:
             self._say(f"passed over {path.name}: {reason}")
-        self._say(
-            f"continuing from {found.folder}" if found.folder else "no checkpoint yet: starting from the beginning"
-        )
+        if found.folder is None:
+            self._say("no checkpoint yet: starting from the beginning")
+        else:
+            self._say(f"continuing from {found.folder}")
+            before = state.read_trainer(found.folder).get("strategy", self.strategy.name)
+            if before != self.strategy.name:
+                self._say(f"written under {before}: adapter, step and optimizer state go on under {self.strategy.name}")
         return machines.first_says(found.folder)
 
     def _trainer(self, model: nn.Module, export: Export, signals: StopSignals) -> Trainer:

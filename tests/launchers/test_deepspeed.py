@@ -48,8 +48,3 @@ def test_what_is_refused(tmp_path: Path, file: dict[str, Any], says: str) -> Non
     with pytest.raises(InputError) as error:
         resolve(recipe(str(path), gradient_accumulation_steps=1), 2)
     assert says in str(error.value)
-
-
-def test_resuming_is_refused() -> None:
-    with pytest.raises(InputError, match="resume_from_checkpoint"):
-        resolve(recipe("zero2", resume_from_checkpoint="auto"), 2)

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from peftcli.errors import RunError
 from peftcli.training import worker
 from peftcli.training.strategies.fsdp import FullyShardedDataParallel
-from training.run_folders import prepare_run, save_base
+from training.run_folders import prepare_run
+from training.side_by_side import (
+    DDP,
+    FSDP,
+    Row,
+    assert_equal,
+    assert_same_end,
+    copy_checkpoint,
+    run_in_two,
+    save_bases,
+)
 from training.tiny import settings
 
 LORA = {"method": "lora", "r": 4, "target_modules": ["q_proj", "up_proj"]}
-FSDP = {"type": "fsdp", "num_processes": 2}
 OFFLOAD = {**FSDP, "config": "fsdp-offload"}
-DDP = {"type": "accelerate", "num_processes": 2}
 NF4 = {
     "load_in_4bit": True,
     "bnb_4bit_use_double_quant": True,
@@ -35,29 +37,12 @@ NF4 = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """A run to compare: in one process with a batch of 4, or under DDP, and under FSDP with two of 2."""
-
-    adapter: dict[str, Any]
-    base: str = "float32"
-    launcher: dict[str, Any] = field(default_factory=lambda: FSDP)
-    quantization: dict[str, Any] | None = None
-    training: dict[str, Any] = field(default_factory=dict)
-
-    def prepare(self, folder: Path, base: Path, launcher: dict[str, Any] | None, batch: int) -> None:
-        prepare_run(
-            folder, base, self.adapter, quantization=self.quantization, launcher=launcher, group_by_length=False,
-            per_device_train_batch_size=batch, **self.training,
-        )  # fmt: skip
-
-
 ADALORA = {"method": "adalora", "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1}
 FAST = {
     "lora": Row({**LORA, "target_modules": "all-linear"}, training={"gradient_accumulation_steps": 2}),
     "adalora": Row({**ADALORA, "target_modules": ["q_proj"]}),
     "modules_to_save": Row({**LORA, "modules_to_save": ["lm_head"]}, training={"gradient_checkpointing": True}),
-    "full": Row({"method": "full"}, base="tied", launcher=OFFLOAD),
+    "full": Row({"method": "full"}, base="tied"),
 }
 SLOW = {
     "dora": Row({**LORA, "use_dora": True}),
@@ -87,28 +72,12 @@ TWICE = {
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bases")
-    return {
-        "float32": save_base(folder / "float32"),
-        "bfloat16": save_base(folder / "bfloat16", dtype=torch.bfloat16, hidden_size=64, intermediate_size=128),
-        "tied": save_base(folder / "tied", tie_word_embeddings=True),
-    }
-
-
-def run_in_two(folder: Path, runs: list[tuple[str, str | None]]) -> None:
-    """The worker of each (run folder, checkpoint to resume), one after another in the same two processes."""
-    (folder / "runs.json").write_text(json.dumps(runs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name("fsdp_ranks.py")), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    return save_bases(tmp_path_factory.mktemp("bases"))
 
 
 def prepare_rows(folder: Path, rows: dict[str, Row], bases: dict[str, Path]) -> list[tuple[str, str | None]]:
     for name, row in rows.items():
-        row.prepare(folder / name, bases[row.base], row.launcher, 2)
+        row.prepare(folder / name, bases[row.base], OFFLOAD if name == "full" else FSDP)
     return [(name, None) for name in rows]
 
 
@@ -118,43 +87,21 @@ def fast(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path]) -> Pa
     folder = tmp_path_factory.mktemp("fast")
     runs = prepare_rows(folder, FAST, bases)
     for name, row in TWICE.items():
-        row.prepare(folder / name, bases[row.base], row.launcher, 2)
-        row.prepare(folder / f"{name}-ddp", bases[row.base], DDP, 2)
+        row.prepare(folder / name, bases[row.base], FSDP)
+        row.prepare(folder / f"{name}-ddp", bases[row.base], DDP)
         runs += [(name, None), (f"{name}-ddp", None)]
     drops = Row({**LORA, "lora_dropout": 0.2})
     for name, launcher in (("whole", FSDP), ("whole-ddp", DDP)):
-        drops.prepare(folder / name, bases["float32"], launcher, 2)
+        drops.prepare(folder / name, bases["float32"], launcher)
         runs.append((name, None))
     run_in_two(folder, runs)
     resumed: list[tuple[str, str | None]] = []
     for name, source, launcher in (("again", "whole", FSDP), ("to-ddp", "whole", DDP), ("from-ddp", "whole-ddp", FSDP)):
-        drops.prepare(folder / name, bases["float32"], launcher, 2)
-        for file in ("checkpoint-2", "log.jsonl"):
-            copy = shutil.copytree if (folder / source / file).is_dir() else shutil.copy
-            copy(folder / source / file, folder / name / file)
+        drops.prepare(folder / name, bases["float32"], launcher)
+        copy_checkpoint(folder / source, folder / name)
         resumed.append((name, "auto"))
     run_in_two(folder, resumed)
     return folder
-
-
-def log(folder: Path) -> list[dict[str, float]]:
-    assert not (folder / "error.txt").exists(), (folder / "error.txt").read_text()
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    name = "adapter_model.safetensors"
-    return load_file(folder / (name if (folder / name).exists() else "model.safetensors"))
-
-
-def assert_equal(one: Path, other: Path, *, losses: float = 1e-5, values: float = 1e-4) -> None:
-    for theirs, ours in zip(log(one), log(other), strict=True):
-        for name in theirs.keys() & {"loss", "grad_norm", "eval_loss"}:
-            assert ours[name] == pytest.approx(theirs[name], abs=losses), name
-    expected, saved = weights(one), weights(other)
-    assert saved.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(saved[name], tensor, atol=values, rtol=0, msg=name)
 
 
 def test_what_runs_is_read_back(fast: Path) -> None:
@@ -165,7 +112,7 @@ def test_what_runs_is_read_back(fast: Path) -> None:
 @pytest.mark.parametrize("name", FAST)
 def test_equals_one_process(name: str, fast: Path, bases: dict[str, Path], tmp_path: Path) -> None:
     row = FAST[name]
-    row.prepare(tmp_path / "one", bases[row.base], {"type": "none"}, 4)
+    row.prepare_alone(tmp_path / "one", bases[row.base])
     worker.run(tmp_path / "one")
     assert_equal(tmp_path / "one", fast / name)
 
@@ -176,18 +123,7 @@ def test_equals_ddp_in_16_and_4_bits(name: str, fast: Path) -> None:
 
 
 def test_resumed_to_the_bit(fast: Path) -> None:
-    assert (fast / "again" / "adapter_model.safetensors").read_bytes() == (
-        fast / "whole" / "adapter_model.safetensors"
-    ).read_bytes()
-    for file in ("trainable.safetensors", "optimizer.safetensors"):
-        path = Path("checkpoint-4") / file
-        assert (fast / "again" / path).read_bytes() == (fast / "whole" / path).read_bytes(), file
-    ended, straight = (
-        json.loads((fast / name / "checkpoint-4/trainer.json").read_text()) for name in ("again", "whole")
-    )
-    for content in (ended, straight):
-        del content["progress"]["seconds"]
-    assert ended == straight
+    assert_same_end(fast / "again", fast / "whole")
 
 
 @pytest.mark.parametrize("name", ["to-ddp", "from-ddp"])
@@ -199,7 +135,7 @@ def test_a_checkpoint_is_continued_under_the_other_strategy(name: str, fast: Pat
 def test_every_kind_of_method_equals_one_process(bases: dict[str, Path], tmp_path: Path) -> None:
     run_in_two(tmp_path, prepare_rows(tmp_path, SLOW, bases))
     for name, row in SLOW.items():
-        row.prepare(tmp_path / f"{name}-one", bases[row.base], {"type": "none"}, 4)
+        row.prepare_alone(tmp_path / f"{name}-one", bases[row.base])
         worker.run(tmp_path / f"{name}-one")
         assert_equal(tmp_path / f"{name}-one", tmp_path / name)
 

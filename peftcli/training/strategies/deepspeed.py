@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: TID253
+from safetensors.torch import load_file
 from torch import Tensor, nn  # noqa: TID253
 
 from peftcli.errors import InputError, RunError
@@ -35,13 +36,18 @@ class DeepSpeed(Strategy):
     ) -> None:
         super().__init__(settings, config, project_dir=project_dir)
         self.stage = stage(dict(self.config))
+        self.name = f"ZeRO-{self.stage}"
         on_cpu = self.accelerator.device.type == "cpu"
         if on_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says that it found nothing better
         with quietly():
             import deepspeed
             import deepspeed.comm
+            import deepspeed.ops
 
+            if on_cpu:
+                # Gloo sums what processes send each other; DeepSpeed's own sum would have to be compiled first.
+                deepspeed.ops.__compatible_ops__ = {}
             deepspeed.init_distributed("gloo" if on_cpu else None, verbose=False)
         self._gradients: dict[nn.Parameter, Tensor] = {}
 
@@ -115,25 +121,35 @@ class DeepSpeed(Strategy):
         for parameter in self._gradients if gradients else ():
             parameter.grad = None
         for parameter in self._trained() if write else ():  # the optimizer's copies follow
-            parameter.set_full_hp_param(parameter.data.to(torch.float32))  # type: ignore[attr-defined]  # DeepSpeed's
+            self._set(parameter, parameter.data)
+
+    def _set(self, parameter: nn.Parameter, value: Tensor, field: str | None = None) -> None:
+        """Give the optimizer this process's part of a whole value: of the parameter, or of a field of its state."""
+        parameter.set_full_hp_param(value.to(torch.float32), field)  # type: ignore[attr-defined]  # DeepSpeed's
 
     def _flat(self) -> list[nn.Parameter]:
         """What the optimizer updates, one for each of its groups."""
         return self.engine.optimizer.single_partition_of_fp32_groups
 
+    def _partitions(self) -> Iterator[tuple[nn.Parameter, dict[str, nn.Parameter]]]:
+        """What the optimizer updates, with the parameters by name of which it holds a part."""
+        names = iter(self.names)
+        for flat, parameters in zip(self._flat(), self._groups, strict=True):
+            yield flat, {next(names): parameter for parameter in parameters}
+
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        from deepspeed.utils import safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         tensors: dict[str, Tensor] = {}
-        names = iter(self.names)
-        for parameters, flat in zip(self._groups, self._flat(), strict=True):
+        for flat, parameters in self._partitions():
             fields = self.optimizer.state.get(flat, {})
-            for parameter in parameters:
-                name = next(names)
+            for name, parameter in parameters.items():
                 for field, value in fields.items():
                     sharded = value.shape == flat.shape
                     full = safe_get_full_optimizer_state(parameter, field) if sharded else value.clone()
                     tensors[f"{name}/{field}"] = full
+                if parameter.dtype != torch.float32:
+                    tensors[f"{name}/{state.FLOAT32}"] = safe_get_full_fp32_param(parameter)
         numbers = iter(range(len(self.names)))
         groups = [
             {**group, "params": [next(numbers) for _ in parameters]}
@@ -142,7 +158,34 @@ class DeepSpeed(Strategy):
         return tensors, {"groups": groups, "values": {}}
 
     def load_optimizer_state(self, folder: Path, plain: dict[str, Any]) -> None:
-        raise RunError("resuming is not supported under DeepSpeed yet")  # a recipe that asks for it is refused before
+        for group, stored in zip(self.optimizer.param_groups, state.read_groups(plain), strict=True):
+            group.update({key: value for key, value in stored.items() if key != "params"})
+        tensors = load_file(folder / state.OPTIMIZER)
+        for flat, parameters in self._partitions():
+            found: dict[str, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                name, field = key.rsplit("/", 1)
+                if name in parameters:
+                    found.setdefault(field, {})[name] = value.to(flat.device)
+            exact = found.pop(state.FLOAT32, {})
+            for field, values in found.items():
+                numbers = [
+                    value for value in values.values() if value.dim() == 0
+                ]  # how many steps: one for the partition
+                self.optimizer.state[flat][field] = max(numbers) if numbers else torch.zeros_like(flat)
+            self._link_state()
+            for name, value in exact.items():
+                self._set(parameters[name], value)
+            for field, values in found.items():
+                for name, value in values.items():
+                    if value.shape == parameters[name].shape:
+                        self._set(parameters[name], value, field)
+
+    def _link_state(self) -> None:
+        """Let DeepSpeed find the optimizer's state that was put there."""
+        zero = self.engine.optimizer
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
     def finish(self) -> None:
         self.engine.destroy()

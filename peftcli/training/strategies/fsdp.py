@@ -52,6 +52,7 @@ class FullyShardedDataParallel(Strategy):
         super().__init__(settings, config, project_dir=project_dir)
         if not dist.is_initialized():
             raise RunError("the launcher set up no process group: there is nothing to shard over")
+        self.name = "FSDP2"
         self.device = self.accelerator.device
         self.mesh = init_device_mesh(self.device.type, (self.accelerator.num_processes,))
         self._last = True

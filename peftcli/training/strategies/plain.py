@@ -37,6 +37,7 @@ class Strategy:
         project_dir: where trackers write.
 
     Attributes:
+        name: what checkpoints say they were written under.
         accelerator: knows the processes and this one's device; sharding is not its business.
         loss: after `prepare`, the module to call for a training loss.
         scoring: after `prepare`, the module to call for an evaluation.
@@ -60,6 +61,7 @@ class Strategy:
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(), log_with=list(settings.report_to) or None, project_dir=project_dir
         )
+        self.name = "one process" if self.accelerator.num_processes == 1 else "DDP"
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Run by torchrun in test_fsdp.py: several runs of the worker, one after another, in two processes that import once."""
+"""Run by torchrun in side_by_side.py: several runs of the worker, one after another, in two processes that import once."""
 
 from __future__ import annotations
 
