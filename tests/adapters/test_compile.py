@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from sites import SITES
 from test_properties import ROWS, Row, adapted, randomize
+from torch import nn
 
+from peftcli import LoraConfig, get_peft_model
 from peftcli.adapters.registry import adapter_class
 
 LINEAR = next(site for site in SITES if site.name == "linear")
@@ -56,3 +60,29 @@ def test_switching_disabling_and_merging_a_compiled_model() -> None:
     expected = model(x)
     model.merge_adapter()
     torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_embeddings_heads_and_combined_adapters_of_a_compiled_model() -> None:
+    """The rest of the guide's list: adapted embeddings, modules trained in full, combining, deleting, unloading."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    options = {"r": 2, "target_modules": ["0", "1"], "init_lora_weights": False}
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(**options, modules_to_save=["3"]))
+    ids = torch.arange(10)
+    torch.compile(model, backend="aot_eager", fullgraph=True)(ids).square().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert len(gradients) == 6 and all(g is not None and g.abs().sum() > 0 for g in gradients.values())
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(**options))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    model.add_adapter("other", LoraConfig(**options))
+    for kind in ("linear", "svd", "cat"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.7], kind, combination_type=kind)
+        model.set_adapter(kind)
+        torch.testing.assert_close(compiled(ids), model(ids))
+    model.set_adapter("default")
+    for name in ("linear", "svd", "cat", "other"):
+        model.delete_adapter(name)
+    expected = model(ids)
+    torch.testing.assert_close(compiled(ids), expected)
+    merged = torch.compile(model.merge_and_unload(), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(merged(ids), expected, atol=1e-5, rtol=1e-4)

@@ -108,6 +108,23 @@ def test_trained_saved_and_loaded(name: str, checkpointing: bool, tmp_path: Path
         torch.testing.assert_close(loaded(**batch).loss, model.eval()(**batch).loss)
 
 
+def test_trainer_compiles_the_model(tmp_path: Path) -> None:
+    build, config, data = CASES["causal"]
+    model = get_peft_model(build(), config)
+    settings = {"max_steps": 3, "torch_compile_backend": "aot_eager", "report_to": "none", "use_cpu": True}
+    arguments = TrainingArguments(output_dir=str(tmp_path), learning_rate=5e-2, save_strategy="no", **settings)
+    trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["frames"]["ok"]
+    trainer.train()
+    assert torch._dynamo.utils.counters["frames"]["ok"] > before
+    model.save_pretrained(tmp_path / "adapter")
+    ids = data[0]["input_ids"][None]
+    loaded = PeftModel.from_pretrained(build(), tmp_path / "adapter")
+    torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
+    assert not torch.equal(loaded(ids).logits, build().eval()(ids).logits)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_best_checkpoint_is_loaded_at_the_end(tied: bool, tmp_path: Path) -> None:
     """The quick tour's arguments. Tied embeddings are one tensor of two names, which safetensors refuses."""

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from peftcli import PeftModel, get_peft_model
+from peftcli import PeftModel, compose_cartridge_adapters, get_peft_model, initialize_kv_prefix_from_text
 from peftcli.adapters.methods.cartridge import CartridgeConfig
 from peftcli.adapters.methods.cpt import CPTConfig
 
@@ -52,6 +55,47 @@ def test_cpt_tokens_stay_inside_their_ball_and_outputs_never_move(tmp_path: Path
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(), tmp_path)
     assert torch.equal(loaded(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+
+
+def cartridge(tokens: int) -> CartridgeConfig:
+    return CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+
+
+def words() -> PreTrainedTokenizerFast:
+    """A tokenizer of the words w0 .. w31, with a chat template that puts w31 in front."""
+    model = Tokenizer(WordLevel({f"w{number}": number for number in range(32)}, "w0"))
+    model.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model, chat_template="w31 {{ messages[0].content }}")
+
+
+@pytest.mark.parametrize("use_chat_template", [False, True])
+def test_a_cartridge_begins_as_a_text(use_chat_template: bool) -> None:
+    """It then is the text: the bare model with the text in front gives the same."""
+    model = get_peft_model(llama(), cartridge(4)).eval()
+    prompt = initialize_kv_prefix_from_text(
+        model, words(), text="w5 w6 w7 w8 w9", use_chat_template=use_chat_template, max_length=5
+    )
+    front = torch.tensor([[31, 5, 6, 7] if use_chat_template else [5, 6, 7, 8]]).expand(2, -1)
+    expected = llama()(torch.cat([front, IDS], dim=1)).logits[:, 4:]
+    torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+    assert torch.equal(prompt, model.prompt_encoder["default"]())
+    with pytest.raises(ValueError, match=r"num_virtual_tokens: is 4, but the text has only 2 tokens"):
+        initialize_kv_prefix_from_text(model, words(), text="w5 w6", use_chat_template=False)
+
+
+def test_cartridges_end_to_end(tmp_path: Path) -> None:
+    for name, tokens in (("one", 3), ("two", 4)):
+        get_peft_model(llama(), cartridge(tokens)).save_pretrained(tmp_path / name)
+    compose_cartridge_adapters([tmp_path / "one", tmp_path / "two"], output_path=tmp_path / "both")
+    prompts = {
+        name: PeftModel.from_pretrained(llama(), tmp_path / name).prompt_encoder["default"]()
+        for name in ("one", "two", "both")
+    }
+    assert torch.equal(prompts["both"], torch.cat([prompts["one"], prompts["two"]]))
+    get_peft_model(llama(), cpt()).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="is CPT"):
+        compose_cartridge_adapters([tmp_path / "one", tmp_path / "other"], output_path=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_front_of_a_cartridge_stays(tmp_path: Path) -> None:
