@@ -51,7 +51,7 @@ def convert_to_lora(
     for path, layer in attached.layers():
         if adapter_name in layer.adapters:
             factors = _factors(layer, adapter_name, wanted)
-            state.update(lora_tensors(layer.site.shape, factors))
+            state.update({key: torch.tensor(array) for key, array in lora_tensors(layer.site.shape, factors).items()})
             ranks[path] = factors.rank
     for path, copied in attached.copies():
         if adapter_name in copied.copies:
@@ -86,6 +86,8 @@ def _rank(rank: int | float) -> Rank:
 
 def _factors(layer: AdapterLayer, name: str, rank: Rank) -> LowRank:
     """What the adapter adds to the module's weight [out, in], cut to a rank."""
+    import numpy
+
     from peftcli.merging.algebra import Dense, compress
 
     adapter = layer.adapters[name]
@@ -94,8 +96,8 @@ def _factors(layer: AdapterLayer, name: str, rank: Rank) -> LowRank:
             update = adapter.delta(layer.tensors(name))
         else:
             update = layer.effective([name])[0] - layer.site.weight()
-    update = update.float().cpu()
-    return compress(Dense(update, rank=min(update.shape)), rank, torch.Generator().manual_seed(0)).factors
+    matrix = update.float().cpu().numpy()
+    return compress(Dense(matrix, rank=min(matrix.shape)), rank, numpy.random.default_rng(0)).factors
 
 
 def _obstacle(attached: Attached, name: str) -> str | None:

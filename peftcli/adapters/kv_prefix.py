@@ -110,7 +110,7 @@ def compose_cartridge_adapters(adapter_paths: Sequence[str | Path], *, output_pa
     configs = [read_config(folder / CONFIG_NAME) for folder in folders]
     first = configs[0]
     for folder, config in zip(folders, configs, strict=True):
-        if not isinstance(config, CartridgeConfig) or not isinstance(first, CartridgeConfig):
+        if not isinstance(config, CartridgeConfig):
             raise InputError(f"is {config.peft_type}", place=folder, allowed="CARTRIDGE")
         for field in ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules"):
             if getattr(config, field) != getattr(first, field):
@@ -119,6 +119,7 @@ def compose_cartridge_adapters(adapter_paths: Sequence[str | Path], *, output_pa
                     place=folder,
                     field=field,
                 )
+    assert isinstance(first, CartridgeConfig)
     prompt = torch.cat([checkpoint.read_tensors(folder)[KEY] for folder in folders])
     replace(first, num_virtual_tokens=len(prompt)).save_pretrained(output_path)
     write_atomically(Path(output_path) / checkpoint.WEIGHTS_NAME, save({KEY: prompt}, metadata={"format": "pt"}))
