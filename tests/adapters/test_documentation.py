@@ -333,6 +333,14 @@ def test_tuners_by_their_own_names(tuner: type[nn.Module], config: Any) -> None:
         peftcli.PromptTuningModel  # noqa: B018
 
 
+def test_tables_of_methods_and_tasks() -> None:
+    """A type's name and its member of the enumeration are one key."""
+    assert peftcli.PEFT_TYPE_TO_CONFIG_MAPPING[peftcli.PeftType.LORA] is LoraConfig
+    assert peftcli.PEFT_TYPE_TO_TUNER_MAPPING["LORA"] is LoraModel
+    assert "PROMPT_TUNING" not in peftcli.PEFT_TYPE_TO_TUNER_MAPPING
+    assert peftcli.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType.SEQ_2_SEQ_LM] is PeftModelForSeq2SeqLM
+
+
 def test_a_class_of_a_task_takes_a_config_made_of_a_dictionary() -> None:
     values = {
         "peft_type": "LORA",
