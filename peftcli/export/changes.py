@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 HEAD = "lm_head.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-BLOCK = 1 << 20
+BLOCK = 1 << 17
 """Elements of a weight that are in float32 at once where an update is added: they fit into the cache."""
 
 

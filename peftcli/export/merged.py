@@ -7,12 +7,14 @@ before the next one is looked at. So a model of any size needs the memory of its
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peftcli.adapters.header import BITS
 from peftcli.adapters.values import FLOATS
@@ -25,6 +27,9 @@ from peftcli.merging.base_weights import BaseWeights
 from peftcli.merging.output import new_folder, require_free
 from peftcli.merging.source import Source
 from peftcli.merging.tensors import DTYPES, copy_range, dtype_code, header_bytes, tensor_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = re.compile(
@@ -166,7 +171,7 @@ def _write_file(path: Path, group: Sequence[Change], changes: Changes, wanted: s
 
 def _write_tensor(target: int, change: Change, changes: Changes, entry: tuple[str, tuple[int, ...], int]) -> None:
     tensor = changes.value(change).to(getattr(torch, DTYPES[entry[0]]))
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if not _is_finite(tensor):
         raise InputError(
             f"{change.name} would hold NaN or infinity", fix="--dtype float32" if entry[0] == "F16" else None
         )
@@ -174,6 +179,13 @@ def _write_tensor(target: int, change: Change, changes: Changes, entry: tuple[st
     raw = tensor_bytes(tensor)
     while raw:
         raw = raw[os.write(target, raw) :]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are numbers. What is not shows in the sum, which is quick; only that may also overflow."""
+    if not tensor.is_floating_point() or math.isfinite(float(tensor.sum(dtype=torch.float32))):
+        return True
+    return bool(torch.isfinite(tensor).all())
 
 
 def _write_index(folder: Path, files: dict[str, list[Change]], size: int) -> None:

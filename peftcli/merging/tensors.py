@@ -34,12 +34,12 @@ def read_tensor(path: Path, info: TensorInfo) -> Tensor:
     dtype = getattr(torch, DTYPES[info.dtype])
     if info.start == info.stop:
         return torch.empty(info.shape, dtype=dtype)
-    raw = bytearray(info.stop - info.start)
+    raw: Any = numpy.empty(info.stop - info.start, "u1")
     with open_regular(path) as file:
         file.seek(info.start)
         if file.readinto(raw) != len(raw):  # type: ignore[attr-defined]  # a buffered reader has it
             raise InputError("ended while it was read", place=path, field=printable(info.name))
-    flat = torch.frombuffer(raw, dtype=dtype)
+    flat = torch.from_numpy(raw).view(dtype)
     return flat.reshape(info.shape) if info.strides is None else flat.as_strided(info.shape, info.strides).contiguous()
 
 
