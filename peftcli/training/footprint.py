@@ -30,6 +30,7 @@ from peftcli.training.optimizers import build_optimizer
 from peftcli.training.outline import adapted
 from peftcli.training.quantized import quantized_bytes
 from peftcli.training.strategies.fsdp import find_layers
+from peftcli.training.unpadded import Unpadded
 
 OPTIMIZER_BYTES = {"adamw_8bit": 2, "paged_adamw_8bit": 2, "paged_adamw_32bit": 8}
 """Bytes of state a parameter, for optimizers whose kernels can't run without data."""
@@ -43,14 +44,21 @@ class BatchShape:
     """The heaviest batch of a data set.
 
     Attributes:
-        rows: samples.
+        rows: rows.
         length: tokens of each, padding included.
-        labels: tokens that are learnt, over all samples.
+        labels: tokens that are learnt, over all rows.
+        samples: tokens of each sample, of which a row of a packed batch holds several.
     """
 
     rows: int
     length: int
     labels: int
+    samples: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Without padding."""
+        return sum(self.samples) or self.rows * self.length
 
 
 @dataclass(frozen=True)
@@ -167,12 +175,13 @@ def footprint(
         if recipe.training.gradient_checkpointing:
             checkpoint_activations(model)
 
-        step = LiveBytes(held, vocabulary)
+        step, attention = LiveBytes(held, vocabulary), Unpadded(model)
         with step:
-            loss = _loss(model, train, recipe.training)
+            loss = _loss(model, train, recipe.training, attention)
             forward = step.from_heap
             loss.backward()
             del loss
+        attention.release()
         gradients = _bytes(p.grad for p in model.parameters() if p.grad is not None)
         peak, activations, logits = step.peak, step.peak_others, step.peak_logits
         if recipe.training.gradient_accumulation_steps > 1:
@@ -180,11 +189,11 @@ def footprint(
         state = _optimizer_state(model, recipe.training)
         # The step comes when activations are gone; on accelerators it holds a copy of what it updates.
         peak = state + max(peak, gradients + (0 if device.type == "cpu" else gradients))
-        if evaluation is not None and evaluation.rows * evaluation.length > train.rows * train.length:
+        if evaluation is not None and evaluation.tokens > train.tokens:
             model.zero_grad()
             watch = LiveBytes(held, vocabulary)
             with watch, torch.no_grad():
-                _loss(model.eval(), evaluation, recipe.training)
+                _loss(model.eval(), evaluation, recipe.training, attention)
             peak = max(peak, state + watch.peak)
             activations, logits = max(activations, watch.peak_others), max(logits, watch.peak_logits)
     base_bytes = -(-(base_bytes - saved) // sharded_over)
@@ -236,19 +245,45 @@ def _make_fake(model: nn.Module) -> None:
                     tensors[name] = fake(tensor)
 
 
-def _loss(model: Any, batch: BatchShape, settings: TrainingSection) -> Tensor:
-    """The loss of a batch, as `CausalLMLoss` computes it once it has found the head."""
-    inputs = torch.zeros(batch.rows, batch.length, dtype=torch.long)
+def _loss(model: Any, batch: BatchShape, settings: TrainingSection, attention: Unpadded) -> Tensor:
+    """The loss of a batch, as `CausalLMLoss` computes it once it has found the head.
+
+    `attention` stays switched, to be released: checkpointed layers run again in the backward pass.
+    """
+    without_padding = bool(batch.samples) and attention.conceivable()
+    inputs = _laid_out(batch) if without_padding else _padded(batch)
     labels = torch.zeros(batch.labels, dtype=torch.long)
-    autocast = torch.autocast(inputs.device.type, torch.bfloat16) if uses_autocast(model, settings) else nullcontext()
+    autocast = torch.autocast(labels.device.type, torch.bfloat16) if uses_autocast(model, settings) else nullcontext()
     head = model.get_output_embeddings()
+    if without_padding:
+        attention.switch()
     with autocast:
         with tapped(head, lambda hidden: hidden[..., :1]) as seen:
-            model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False)
+            model(**inputs, use_cache=False)
         hidden = seen[0].flatten(0, -2)[: batch.labels]
         if not torch.is_grad_enabled():
             return linear_scores(hidden, labels, head)
         return linear_cross_entropy(hidden, labels, head, leaves=[p for p in head.parameters() if p.requires_grad])
+
+
+def _padded(batch: BatchShape) -> dict[str, Any]:
+    ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _laid_out(batch: BatchShape) -> dict[str, Any]:
+    """What `unpadded` makes of a batch: its samples end to end."""
+    ids = torch.zeros(1, sum(batch.samples), dtype=torch.long)
+    ends = torch.zeros(len(batch.samples) + 1, dtype=torch.int32)
+    longest, sizes = max(batch.samples), list(batch.samples)
+    lengths = {"segment_lengths": sizes, "max_length_q": longest, "max_length_k": longest}
+    return {
+        "input_ids": ids,
+        "position_ids": torch.zeros_like(ids),
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        **lengths,
+    }
 
 
 def _optimizer_state(model: nn.Module, settings: TrainingSection) -> int:

@@ -141,6 +141,13 @@ class Unpadded:
     def _implementation(self) -> str | None:
         return getattr(self.config, "_attn_implementation", None)
 
+    def conceivable(self) -> bool:
+        """Whether nothing that is known of the model and its adapters speaks against it; `prove` tries."""
+        kinds = set(getattr(_text(self.config), "layer_types", None) or ())
+        if self._implementation() not in ("sdpa", "eager", FLASH) or kinds - ATTENTION:
+            return False
+        return not _needs_rows(self.model)
+
     @torch.no_grad()
     def prove(self, batch: Batch, hidden_states: Callable[[dict[str, Any]], Tensor]) -> bool:
         """Whether the model gives the same for some samples laid end to end as for the padded ones.
@@ -149,10 +156,7 @@ class Unpadded:
             batch: a batch; a few tokens of a few rows are used.
             hidden_states: runs the model and gives what its head sees, [B, T, D].
         """
-        kinds = set(getattr(_text(self.config), "layer_types", None) or ())
-        if self._implementation() not in ("sdpa", "eager", FLASH) or kinds - ATTENTION:
-            return False
-        if _needs_rows(self.model) or batch.keys() != KEYS:
+        if not self.conceivable() or batch.keys() != KEYS:
             return False
         few = _few(batch)
         # Judged by the few tokens: processes that share a base must run the model equally often, whatever their batches.
