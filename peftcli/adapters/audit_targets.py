@@ -9,7 +9,7 @@ from peftcli.adapters.base_facts import BaseFacts
 from peftcli.adapters.config import TunerConfig
 from peftcli.adapters.findings import Findings
 from peftcli.adapters.keys import PREFIX, ascii_name
-from peftcli.adapters.targets import default_targets, layer_index, matches
+from peftcli.adapters.targets import default_targets, is_all_linear, layer_index, matches
 from peftcli.errors import InputError, printable
 
 
@@ -22,7 +22,7 @@ def not_meant(config: TunerConfig, site: str, base: BaseFacts | None) -> str | N
     targets = config.target_modules
     if targets is None and base is not None and config.default_tables.get("target_modules") == "targets":
         targets = default_targets(config.peft_type, base.model_type)
-    if targets is not None and not config.is_all_linear and not matches(targets, site, field="target_modules"):
+    if targets is not None and not is_all_linear(targets) and not matches(targets, site, field="target_modules"):
         return f"belongs to a module that `target_modules` does not name: {_listed(targets)}"
     if config.exclude_modules and matches(config.exclude_modules, site, field="exclude_modules"):
         return f"belongs to a module that `exclude_modules` takes out: {_listed(config.exclude_modules)}"

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
+from peftcli.adapters.targets import is_all_linear
 from peftcli.errors import InputError, InputErrors, nearest, printable
 from peftcli.files import read_strict_json
 
@@ -297,7 +298,7 @@ class TunerConfig(PeftConfig):
 
     @property
     def is_all_linear(self) -> bool:
-        return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
+        return is_all_linear(self.target_modules)
 
 
 def config_fields(cls: type[PeftConfig]) -> list[Field[Any]]:

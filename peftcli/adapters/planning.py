@@ -103,10 +103,11 @@ def _targets(model: nn.Module, config: TunerConfig, base: dict[str, nn.Module]) 
     """The modules `target_modules` means, with a warning for entries that mean none."""
     if not config.target_modules and getattr(config, "target_parameters", None):
         return []
+    given = config.target_modules
     _fill_defaults(model, config)
     linear = [path for path, module in base.items() if _is_linear(model, path, module)]
     chosen = select(config, base, linear=linear)
-    for missing in unmatched_targets(config, chosen):
+    for missing in unmatched_targets(config, chosen) if given is not None else ():
         warnings.warn(f"target_modules: `{missing}` matches no module of the model", stacklevel=5)
     return chosen
 

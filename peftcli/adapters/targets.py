@@ -57,6 +57,11 @@ def pattern_value(pattern: Mapping[str, Value], module: str, default: Value, *, 
     return default
 
 
+def is_all_linear(targets: Any) -> bool:
+    """Whether `target_modules` is the word for every linear layer but the output head."""
+    return isinstance(targets, str) and targets.lower() == "all-linear"
+
+
 def select(config: TunerConfig, modules: Iterable[str], *, linear: Iterable[str] = ()) -> list[str]:
     """The modules a config adapts, in the model's order.
 
@@ -150,10 +155,9 @@ def default_targets(method: str, model_type: str | None, *, table: str = "target
         table: `targets`, or `feedforward` for IA3's second list.
     """
     defaults = _defaults()
-    by_method = defaults.get(method, {}).get(table, {})
-    common = defaults["LORA"][table] if table == "targets" and not defaults.get(method, {}).get("alone") else {}
-    key = str(model_type)
-    return by_method.get(key, common.get(key))
+    own = defaults.get(method, {})
+    common = defaults["LORA"][table] if table == "targets" and not own.get("alone") else {}
+    return {**common, **own.get(table, {})}.get(str(model_type), own.get("otherwise"))
 
 
 @cache

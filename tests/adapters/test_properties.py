@@ -142,7 +142,7 @@ ROWS = [
     Row("FROD", {"sparse_rate": 0.1, "save_projection": False, "projection_prng_key": 3}),
 ]
 
-pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set", "ignore:r reaches the number of outputs")
 
 CASES = [
     pytest.param(row, site, id=f"{row}-{site}")

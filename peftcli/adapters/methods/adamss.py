@@ -7,6 +7,7 @@ base's weight, in which a bias counts as one more column.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -81,6 +82,16 @@ class Adamss(LowRankAdapter):
     """The products B_i A_i below each other, in the rows' order, times V^T."""
 
     config: AdamssConfig
+
+    @classmethod
+    def arrange(cls, adapters: list[Adamss]) -> None:
+        """Warn where all rows are equally far apart, as those of an orthogonal matrix are."""
+        if unsure := [adapter.shape.name for adapter in adapters if adapter.r == adapter.shape.out_features]:
+            warnings.warn(
+                f"r reaches the number of outputs of {unsure[0]} ({len(unsure)} such modules): rounding decides which "
+                "rows share a subspace there, so another machine may read the file otherwise; a smaller r is safe",
+                stacklevel=2,
+            )
 
     # -- what follows from the base ---------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 
+from peftcli.adapters.config import TaskType
 from peftcli.adapters.prompt_base import PromptLearningConfig, PromptMethod, fixed_embedding
 from peftcli.errors import InputError
 from peftcli.lazy import torch
@@ -58,6 +59,8 @@ class CPTConfig(PromptLearningConfig):
 
     def validate(self) -> None:
         super().validate()
+        if self.task_type not in (None, TaskType.CAUSAL_LM):
+            raise InputError("CPTConfig only supports task_type = CAUSAL_LM.", field="task_type")
         for name in ("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask"):
             if len(getattr(self, name)) != self.num_virtual_tokens:
                 raise InputError(

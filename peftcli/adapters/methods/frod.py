@@ -96,17 +96,21 @@ class Frod(DeltaAdapter):
     def make_shared(cls, adapters: list[Adapter], config: FrodConfig) -> dict[str, Tensor]:
         """V from the weights and the places of S from the seed, on the CPU whatever the device."""
         roles: dict[str, dict[int, Frod]] = defaultdict(dict)
+        sizes: dict[str, int] = {}
         for number, adapter in enumerate(adapters):
             assert isinstance(adapter, Frod)
             if adapter.weight().is_meta:
                 return {}
-            roles[adapter.role][_layer(adapter.shape.name, number)] = adapter
+            role, size = adapter.role, adapter.shape.matrix[1]
+            if size != sizes.setdefault(role, size):
+                raise InputError(
+                    f"has not the {sizes[role]} inputs of other modules called {role}", place=adapter.shape.name
+                )
+            roles[role][_layer(adapter.shape.name, number)] = adapter
         generator = torch.Generator().manual_seed(config.projection_prng_key)
         made: dict[str, Tensor] = {}
         for role, layers in sorted(roles.items()):
-            first, size = next(iter(layers.values())), next(iter(layers.values())).shape.matrix[1]
-            if wrong := [other.shape.name for other in layers.values() if other.shape.matrix[1] != size]:
-                raise InputError(f"has not the {size} inputs of other modules called {role}", place=wrong[0])
+            first, size = next(iter(layers.values())), sizes[role]
             weights = [layers[layer].weight().detach().cpu().float() for layer in sorted(layers)]
             basis = _joint_basis(weights, config.regularization_alpha)
             places = torch.randperm(size * (size - 1), generator=generator)

@@ -52,6 +52,13 @@ def test_dynamic_ranks_count_large_singular_values(threshold: float, rank: int) 
     assert [tuple(p[f"adamss_A.{group}"].shape) for group in range(2)] == [(rank, 8), (rank, 8)]
 
 
+def test_rows_that_are_all_equally_far_apart_are_told() -> None:
+    """An orthogonal matrix's are: there rounding decides."""
+    net = nn.Sequential(nn.Linear(16, 8))
+    with pytest.warns(UserWarning, match=r"r reaches the number of outputs of 0 \(1 such modules\)"):
+        get_peft_model(net, AdamssConfig(target_modules=["0"], r=8, num_subspaces=2))
+
+
 def test_rows_that_are_all_alike_are_refused() -> None:
     net = nn.Sequential(nn.Linear(8, 6, bias=False))
     nn.init.ones_(net[0].weight)

@@ -50,6 +50,12 @@ def test_one_role_with_two_input_sizes_is_refused() -> None:
         get_peft_model(stack((12, 8), (8, 4)), FrodConfig(target_modules=["fc"]))
 
 
+def test_also_where_modules_of_one_role_claim_one_layer() -> None:
+    net = nn.Sequential(nn.Sequential(nn.Linear(12, 8)), nn.Sequential(nn.Linear(8, 4)))
+    with pytest.raises(InputError, match="has not the 12 inputs of other modules called 0"):
+        get_peft_model(net, FrodConfig(target_modules=["0.0", "1.0"]))
+
+
 def test_another_basis_in_the_file(tmp_path: Path) -> None:
     """Where the decomposition came out otherwise (its vectors' signs are free), U must belong to the file's V."""
     model = get_peft_model(stack((12, 12), (12, 12)), FrodConfig(target_modules=["fc"], sparse_rate=0.1)).eval()
