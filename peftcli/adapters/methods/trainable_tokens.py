@@ -120,7 +120,7 @@ class TrainableTokens(DeltaAdapter):
         change = self.change(p)
         if self.is_embedding:
             known = torch.tensor(self.sorted_indices, device=x.device)
-            place = torch.searchsorted(known, x).clamp_max(len(known) - 1)
+            place = torch.searchsorted(known, x.contiguous()).clamp_max(len(known) - 1)
             row = torch.tensor(self.order, device=x.device)[place]
             return site.look_up(change, row) * (known[place] == x).unsqueeze(-1)
         scores = functional.linear(x, change.to(x.dtype))
