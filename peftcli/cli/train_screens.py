@@ -98,6 +98,14 @@ def _data(setup: Setup) -> Iterator[tuple[str, str]]:
     if report.labels:
         shown = ", ".join(printable(name, 40) for name in report.labels[:MAX_CLASSES])
         yield "classes", f"{len(report.labels)}: {shown}" + ", ..." * (len(report.labels) > MAX_CLASSES)
+    if report.streamed:
+        yield (
+            "stream",
+            (
+                f"these are its first {sum(source.rows for source in report.train.sources):,} rows, all that is looked at "
+                f"beforehand; {setup.request.recipe.data.buffer_size:,} at a time are read while training"
+            ),
+        )
     yield "lengths", ", ".join(f"to {edge}: {number:,}" for edge, number in report.train.lengths.items())
     for source in report.train.sources:
         form = f"{source.format}, " + ("chat template" if source.templated else "plain text")

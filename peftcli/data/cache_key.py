@@ -47,6 +47,8 @@ class DataKey:
         """Why keeping the data would be no use, or None."""
         if not self.data.cache:
             return "data.cache is false"
+        if self.data.streaming:
+            return "the data are a stream"
         if not getattr(self.tokenizer, "is_fast", False):
             return "the tokenizer is a program, whose code is not looked into"
         if type(self.tokenizer).__module__.startswith("transformers_modules"):

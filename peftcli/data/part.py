@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from peftcli.data.report import SourceReport
@@ -12,12 +13,15 @@ from peftcli.lazy import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from peftcli.recipe.schema import DataSource
+
 
 class Part:
     """Samples of one part, with what is needed to hold some out, repeat some and count duplicates.
 
     Args:
         name: `train` or `eval`.
+        recipe: its sources.
 
     Attributes:
         dataset: the samples.
@@ -27,11 +31,11 @@ class Part:
         row_of, source_of: for each sample, the index of its row and of its source.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, recipe: Sequence[DataSource]) -> None:
+        self.name, self.recipe = name, recipe
         self.dataset = TokenDataset.from_samples([])
-        self.sources: list[SourceReport] = []
-        self.weights: list[float] = []
+        self.sources = [SourceReport(source.path) for source in recipe]
+        self.weights = [source.weight for source in recipe]
         self.digests: list[bytes] = []
         self.row_of: list[int] = []
         self.source_of: list[int] = []
@@ -42,10 +46,10 @@ class Part:
         """Rows that are the same, token by token, as an earlier one."""
         return len(self.digests) - len(set(self.digests))
 
-    def add_row(self, digest: bytes, samples: int) -> None:
-        """Note a row of the source that was opened last."""
+    def add_row(self, digest: bytes, samples: int, source: int) -> None:
+        """Note a row of the source of that number."""
         self.row_of += [len(self.digests)] * samples
-        self.source_of += [len(self.sources) - 1] * samples
+        self.source_of += [source] * samples
         self.digests.append(digest)
 
     def note_overlong(self, length: int, place: str) -> None:
@@ -103,7 +107,7 @@ class Part:
         return self._take(self.name, ~held_out), self._take("eval", held_out, weighted=False)
 
     def _take(self, name: str, keep: NDArray[np.bool_], weighted: bool = True) -> Part:
-        part = Part(name)
+        part = Part(name, self.recipe)
         indices = np.flatnonzero(keep)
         part.dataset = self.dataset.select(indices)
         part.sources, part.weights = self.sources, self.weights if weighted else [1.0] * len(self.weights)

@@ -112,6 +112,7 @@ class DataReport:
         audit: facts a run is refused for, or could have been.
         warnings: sentences a user should read before training, beyond the audit's.
         labels: the classes in their order, where the task has classes.
+        streamed: whether only the first training rows were looked at, as they are a stream.
     """
 
     train: PartReport
@@ -121,6 +122,7 @@ class DataReport:
     audit: list[Fact]
     warnings: list[str]
     labels: list[str] | None = None
+    streamed: bool = False
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")

@@ -20,17 +20,28 @@ PART_SPLITS = {"train": ("train",), "eval": ("validation", "test")}
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # beside saved data sets
 
 
-def read_source(source: DataSource, splits: tuple[str, ...]) -> Iterator[Row]:
+STREAM_AUDITED = 1000
+"""Rows of a stream that are looked at before training, over all its sources."""
+
+
+def first_rows(sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
+    """The sources of a stream, cut to the rows that are audited."""
+    each = max(1, STREAM_AUDITED // len(sources))
+    return tuple(source.model_copy(update={"max_samples": min(each, source.max_samples or each)}) for source in sources)
+
+
+def read_source(source: DataSource, splits: tuple[str, ...], *, stream: bool = False) -> Iterator[Row]:
     """The rows of one source with its columns renamed to those of its format, at most `max_samples`.
 
     Args:
         source: from the recipe; its path is absolute, or the name of a data set on the hub.
         splits: the splits to take if the source names none, best first.
+        stream: fetch a data set of the hub while it is read, rather than before.
 
     Raises:
         InputError: anything that cannot be read as it is.
     """
-    for row in islice(_rows(source, splits), source.max_samples):
+    for row in islice(_rows(source, splits, stream), source.max_samples):
         yield _renamed(row, source.columns) if source.columns else row
 
 
@@ -54,10 +65,10 @@ def _local_files(source: DataSource, splits: tuple[str, ...]) -> list[Path] | No
     return [path] if path.is_absolute() or path.exists() or is_data_file(path) else None
 
 
-def _rows(source: DataSource, splits: tuple[str, ...]) -> Iterator[Row]:
+def _rows(source: DataSource, splits: tuple[str, ...], stream: bool) -> Iterator[Row]:
     files = _local_files(source, splits)
     if files is None:
-        yield from _hub_rows(source, splits)
+        yield from _hub_rows(source, splits, stream)
     for file in files or ():
         yield from read_file(file)
 
@@ -113,7 +124,7 @@ def _split_of(file: Path) -> str:
     return ""
 
 
-def _hub_table(source: DataSource, splits: tuple[str, ...]) -> tuple[str, Any]:
+def _hub_table(source: DataSource, splits: tuple[str, ...], stream: bool = False) -> tuple[str, Any]:
     """The split that is taken of a hub data set, and the set itself."""
     import datasets
 
@@ -121,7 +132,7 @@ def _hub_table(source: DataSource, splits: tuple[str, ...]) -> tuple[str, Any]:
         available = datasets.get_dataset_split_names(source.path, source.name)
         wanted = (source.split,) if source.split else splits
         split = next((name for name in wanted if name in available), wanted[0])
-        return split, datasets.load_dataset(source.path, source.name, split=split)
+        return split, datasets.load_dataset(source.path, source.name, split=split, streaming=stream)
     except Exception as error:  # the hub library raises whatever its network and file layers do
         raise InputError(
             f"is no file or folder here, and can't be loaded as a data set of the hub: {printable(error)}",
@@ -130,11 +141,17 @@ def _hub_table(source: DataSource, splits: tuple[str, ...]) -> tuple[str, Any]:
         ) from error
 
 
-def _hub_rows(source: DataSource, splits: tuple[str, ...]) -> Iterator[Row]:
+def _hub_rows(source: DataSource, splits: tuple[str, ...], stream: bool) -> Iterator[Row]:
     """Rows of a hub data set, taken as Arrow so that images and audio are never decoded."""
-    split, table = _hub_table(source, splits)
-    number = 0
-    for batch in table.with_format("arrow").iter(ROWS_PER_BATCH):
+    split, table = _hub_table(source, splits, stream)
+    number, batches = 0, iter(table.with_format("arrow").iter(ROWS_PER_BATCH))
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:  # of a stream, the network's
+            raise InputError(f"can't be read on: {printable(error)}", place=f"{source.path}[{split}]") from error
+        if batch is None:
+            return
         for values in batch.to_pylist():
             number += 1
             yield Row(f"{source.path}[{split}]: row {number}", values)

@@ -162,6 +162,11 @@ class DataSection(Section):
     other; a batch is that many rows. Steps are of equal size whatever the samples' lengths are."""
     loss_on: Literal["all", "completion", "assistant", "last_assistant"] = "assistant"
     """Tokens that are learnt."""
+    streaming: bool = False
+    """Read the training data while they are trained on, so that they need not fit into memory: `buffer_size` rows at a
+    time, those of several sources in turn. Needs training.max_steps; behind their end the data begin again."""
+    buffer_size: Annotated[int, Field(ge=1, le=1 << 24)] = 4096
+    """Rows of a stream that are read, tokenised and shuffled at a time."""
     cache: bool = True
     """Keep tokenised data for the next run with the same files, tokenizer and settings (in $PEFTCLI_CACHE/data)."""
     apply_chat_template: bool = True

@@ -71,6 +71,32 @@ def check_task(recipe: Recipe) -> None:
         )
     if recipe.preference is not None:
         _check_preference(recipe)
+    if recipe.data.streaming:
+        _check_stream(recipe)
+    elif "buffer_size" in recipe.data.model_fields_set and recipe.data.buffer_size != 4096:
+        raise contradiction("data.buffer_size is for data.streaming.", fix="set data.streaming, or leave it out")
+
+
+def _check_stream(recipe: Recipe) -> None:
+    """What has to be known of data beforehand is not known of a stream."""
+    data, training = recipe.data, recipe.training
+    if training.max_steps < 0:
+        raise contradiction(
+            "data.streaming needs training.max_steps: how many steps an epoch has is not known beforehand.",
+            fix="set training.max_steps",
+        )
+    if data.eval is not None and not isinstance(data.eval, tuple):
+        raise contradiction("Nothing can be held out of a stream.", fix="name a file of its own in data.eval")
+    if any(source.weight != 1 for source in data.train):
+        raise contradiction(
+            "data.train: weight tells how often the samples of a source are seen in an epoch, which a stream can't hold to.",
+            fix="leave weight out (rows of several sources come in turn), or data.streaming",
+        )
+    for name in ("eval_strategy", "save_strategy"):
+        if getattr(training, name) == "epoch":
+            raise contradiction(f"training.{name} is `epoch`, which a stream has no end of.", fix="choose steps or no")
+    if task_of(recipe) in WITH_CLASSES and recipe.model.labels is None:
+        raise contradiction("The classes of a stream are not known beforehand.", fix="name them in model.labels")
 
 
 def _check_preference(recipe: Recipe) -> None:

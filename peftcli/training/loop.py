@@ -23,9 +23,10 @@ from peftcli.data.tokens import TokenDataset
 from peftcli.recipe.task_rules import higher_is_better
 from peftcli.recipe.training_section import TrainingSection
 from peftcli.training import resume, state
-from peftcli.training.batches import Window, to_batch, training_windows
+from peftcli.training.batches import Window, to_batch
 from peftcli.training.callbacks import Callback
 from peftcli.training.evaluate import evaluate, gathered
+from peftcli.training.feed import Feed
 from peftcli.training.finite import not_finite
 from peftcli.training.losses import CausalLMLoss
 from peftcli.training.objectives.base import Objective
@@ -57,7 +58,7 @@ class Trainer:
 
     Args:
         model: adapted or not.
-        train_data: what it learns.
+        train_data: what it learns, or of a stream its first samples.
         settings: the recipe's `training` section.
         folder: the run folder; checkpoints go there.
         strategy: how the model is spread over the processes.
@@ -69,6 +70,7 @@ class Trainer:
         received_signal: gives the number of a signal that asks to stop, or 0.
         published_step: the step whose finished form an earlier run has written; resumed from there, nothing is left.
         manifest: further entries for the checkpoints' manifests.
+        feed: makes windows of the training data; see `Feed`.
         row_length: pack samples into rows of so many tokens; a batch is then rows, not samples.
         identity: by recipe field, what else a resumed run must share with the one it continues.
     """
@@ -87,6 +89,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         export: Callable[[Path], None] | None = None,
         received_signal: Callable[[], int] = lambda: 0,
+        feed: Callable[..., Feed] = Feed,
         row_length: int | None = None,
         published_step: int | None = None,
         manifest: dict[str, Any] | None = None,
@@ -105,11 +108,10 @@ class Trainer:
         self.progress = state.Progress()
         self.stopped: str | None = None
         self._began, self._logged_at, self._logged_tokens = 0.0, 0.0, 0
-        self.steps_per_epoch = len(self._windows(0))
+        self.feed = feed(train_data, settings, world_size=self.world_size, rank=self.rank, row_length=row_length)
         self.total_steps = settings.max_steps
-        if settings.max_steps < 0:
-            self.total_steps = math.ceil(settings.num_train_epochs * self.steps_per_epoch)
-        self._counts, self._lengths = train_data.units, train_data.lengths
+        if self.feed.steps_per_epoch is not None and settings.max_steps < 0:
+            self.total_steps = math.ceil(settings.num_train_epochs * self.feed.steps_per_epoch)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -185,20 +187,10 @@ class Trainer:
             return value > than + threshold
         return value < than - threshold
 
-    def _windows(self, epoch: int) -> list[Window]:
-        return training_windows(
-            self.train_data,
-            self.settings,
-            epoch,
-            world_size=self.world_size,
-            rank=self.rank,
-            row_length=self.row_length,
-        )
-
     def _remaining_windows(self) -> Iterator[Window]:
         """The windows from where the run stands to its last step, over the epochs."""
         while not self.finished:
-            for window in self._windows(self.progress.epoch)[self.progress.window :]:
+            for window in self.feed.windows(self.progress)[self.progress.window :]:
                 if self.finished:
                     return
                 yield window
@@ -210,12 +202,12 @@ class Trainer:
             The signal any process received, or 0.
         """
         indices = [index for batch in window for index in batch]
-        labels = int(self._gather([float(self._counts[indices].sum())]).sum())
+        labels = int(self._gather([float(self.feed.units[indices].sum())]).sum())
         losses = []
         for number, batch in enumerate(window, start=1):
             last = number == len(window)
             with self.strategy.batch(last=last):
-                loss = self.strategy.loss(self._batch(self.train_data, batch))
+                loss = self.strategy.loss(self._batch(self.feed.data, batch))
                 # Processes average their gradients; the loss is a sum over all of them.
                 share = loss * (self.world_size / labels)
                 self.strategy.backward(add_regularization(self.adapters, share) if last else share)
@@ -223,7 +215,7 @@ class Trainer:
         self._bare_loss.release()
         norm = self.strategy.gradient_norm()
         local_loss = float(torch.stack(losses).sum())
-        sums = self._gather([local_loss, float(self._lengths[indices].sum()), self.received_signal()])
+        sums = self._gather([local_loss, float(self.feed.lengths[indices].sum()), self.received_signal()])
         loss_sum, tokens = float(sums[:, 0].sum()), int(sums[:, 1].sum())
         if not (math.isfinite(loss_sum) and math.isfinite(norm)):
             raise not_finite(self, window, losses)
@@ -240,9 +232,8 @@ class Trainer:
 
     def _advance(self, loss_sum: float, labels: int, tokens: int) -> None:
         progress = self.progress
-        progress.step, progress.window = progress.step + 1, progress.window + 1
-        if progress.window == self.steps_per_epoch:
-            progress.epoch, progress.window = progress.epoch + 1, 0
+        progress.step += 1
+        self.feed.advance(progress)
         progress.tokens += tokens
         progress.loss_sum += loss_sum
         progress.label_count += labels
@@ -252,7 +243,7 @@ class Trainer:
         progress.seconds = now - self._began
         report = StepReport(
             step=progress.step,
-            epoch=round(progress.epoch + progress.window / self.steps_per_epoch, 4),
+            epoch=self.feed.epoch(progress),
             loss=progress.loss_sum / progress.label_count,
             lr=learning_rate,
             grad_norm=norm,

@@ -87,7 +87,9 @@ def require_room(trainer: Trainer) -> None:
         return
     settings = trainer.settings
     left = trainer.total_steps - trainer.progress.step
-    every = {"steps": settings.save_steps, "epoch": trainer.steps_per_epoch}.get(settings.save_strategy, left)
+    every = {"steps": settings.save_steps, "epoch": trainer.feed.steps_per_epoch or left}.get(
+        settings.save_strategy, left
+    )
     saves = math.ceil(left / max(every, 1))
     # Besides those kept, the best, the one that is written before an older one goes, and the finished adapter.
     most = min(saves, settings.save_total_limit or saves) + settings.load_best_model_at_end + 1

@@ -38,7 +38,8 @@ class Progress:
     Attributes:
         step: optimizer steps done.
         epoch: epochs finished.
-        window: optimizer steps done in the running epoch.
+        chunk: of a stream, chunks finished in the running epoch.
+        window: optimizer steps done in the running epoch, of a stream in the running chunk.
         tokens: tokens seen, without padding.
         seconds: time in the loop.
         loss_sum: training loss since the last log entry, summed over labels.
@@ -50,6 +51,7 @@ class Progress:
 
     step: int = 0
     epoch: int = 0
+    chunk: int = 0
     window: int = 0
     tokens: int = 0
     seconds: float = 0.0

@@ -26,6 +26,7 @@ from torch import nn  # noqa: TID253
 from peftcli import __version__, get_peft_model
 from peftcli.adapters.config import TaskType
 from peftcli.adapters.quantized import is_quantized
+from peftcli.data.stream import Stream
 from peftcli.data.tokens import TokenDataset
 from peftcli.errors import EXIT_FAILURE, InputError, PeftCliError, printable
 from peftcli.launchers.machines import machine_folder
@@ -33,8 +34,10 @@ from peftcli.launchers.run import INTERRUPTED
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.redact import redact
 from peftcli.recipe.schema import Recipe
+from peftcli.recipe.task_rules import task_of
 from peftcli.report.plots import plot_losses
 from peftcli.training import checkpoints, machines, state
+from peftcli.training.base_checks import whole_number
 from peftcli.training.batches import row_length
 from peftcli.training.callbacks import (
     LOG_NAME,
@@ -46,7 +49,9 @@ from peftcli.training.callbacks import (
     require_trackers,
 )
 from peftcli.training.card import base_name, model_card
+from peftcli.training.feed import Feed, StreamFeed
 from peftcli.training.loop import Trainer
+from peftcli.training.model import load_tokenizer, open_base
 from peftcli.training.objectives.table import objective
 from peftcli.training.progress import ProgressBar, peak_memory
 from peftcli.training.publish import (
@@ -217,6 +222,7 @@ class _Worker:
         return machines.first_says(found.folder)
 
     def _trainer(self, model: nn.Module, export: Export, signals: StopSignals) -> Trainer:
+        stream = self._stream() if self.recipe.data.streaming else None
         return Trainer(
             model,
             self.train_data,
@@ -230,10 +236,23 @@ class _Worker:
             # The whole model is its own trained tensors already.
             export=export if self.recipe.adapter.config is not None else None,
             received_signal=lambda: signals.received,
+            feed=Feed if stream is None else partial(StreamFeed, stream, self._say),
             row_length=row_length(self.recipe),
             published_step=machines.first_says(RunResult.published_step(self.folder)),
             manifest={"recipe": checkpoints.sha256(self.prepared / RECIPE_NAME), "versions": versions()},
-            identity=identity(self.recipe),
+            identity={**identity(self.recipe), **(stream.identity() if stream else {})},
+        )
+
+    def _stream(self) -> Stream:
+        """The training data, which are read while the run goes on."""
+        model = self.recipe.model
+        vocab_size = whole_number(open_base(model).facts, "vocab_size")
+        return Stream(
+            self.recipe.data,
+            load_tokenizer(model),
+            task=task_of(self.recipe),
+            labels=model.labels,
+            vocab_size=vocab_size,
         )
 
     def _callbacks(self) -> list[Callback]:

@@ -102,6 +102,20 @@ def noting(found: set[tuple[type, str]]) -> Any:
 def test_every_field_is_read(place: Path, recipes: None, read: set[tuple[type, str]]) -> None:
     assert main(["train", "first.yaml"]) == 0
     assert main(["train", "second.yaml"]) == 0
+    stream = ["data.streaming=true", "training.max_steps=1", "training.eval_strategy=no", "training.save_strategy=no"]
+    assert (
+        main(
+            [
+                "train",
+                "second.yaml",
+                *stream,
+                "data.eval=folder/train-0.jsonl",
+                "training.output_dir=third",
+                "--no-audit",
+            ]
+        )
+        == 0
+    )
     for task in ("dpo", "FEATURE_EXTRACTION"):
         (folder := place / task).mkdir()
         assert main(["train", str(make_run(task, folder, max_steps=1)), "--no-audit"]) == 0

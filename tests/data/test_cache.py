@@ -197,7 +197,7 @@ def test_a_damaged_entry_is_said_and_made_anew(place: Path, file: str, damage: s
     if damage == "gone":
         (entry / file).unlink()
     else:
-        (entry / file).write_bytes(raw[:-9] + b" " + raw[-8:] if damage == "changed" else raw[:-9])
+        (entry / file).write_bytes(raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:] if damage == "changed" else raw[:-9])
     again = cached(place, "again")
     assert again.cache.startswith(f"kept in {entry}, in the place of an entry that was damaged: ")
     assert content(place / "again") == content(place / "first") == content(entry)

@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from peftcli.data.part import Part
-from peftcli.data.report import DataReport, PartReport, SourceReport
+from peftcli.data.report import DataReport, PartReport
 from peftcli.launchers import configs
 from peftcli.recipe.load import dump_recipe
 from peftcli.recipe.schema import Recipe
@@ -56,7 +56,7 @@ def prepare_run(
     train, held_out = random_data(), random_data(5, seed=1)
     train.save(folder / "data" / "train.safetensors")
     held_out.save(folder / "data" / "eval.safetensors")
-    part = Part("train")
-    part.dataset, part.sources = train, [SourceReport("/data/train.jsonl")]
+    part = Part("train", recipe.data.train)
+    part.dataset = train
     DataReport(PartReport.of(part), None, 0, 0, [], []).save(folder / "data" / "audit.json")
     return folder

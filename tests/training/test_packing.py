@@ -26,7 +26,7 @@ def test_a_step_is_full_rows_and_their_mean_loss(tmp_path: Path) -> None:
     model = tiny_llama()
     settings = {"learning_rate": 1e-9, "per_device_train_batch_size": 2, "num_train_epochs": 1}
     run = trainer(tmp_path, model, train_data=data, row_length=24, callbacks=[rows], **settings)
-    windows = [indices for window in run._windows(0) for indices in window]
+    windows = [indices for window in run.feed.windows(run.progress) for indices in window]
     assert sorted(index for indices in windows for index in indices) == list(range(40))
     assert all(40 <= sum(data.lengths[indices]) <= 48 for indices in windows[:-1])
     run.train()
