@@ -153,6 +153,9 @@ class _Worker:
             **{name: fingerprint(*part.columns().values()) if part else None for name, part in data.items()},
             **{f"training.{name}": value for name, value in training.items()},
             **identity(self.recipe),
+            **self.recipe.model_dump(mode="json", include={"preference"}),
+            "data.packing": f"{self.recipe.data.packing}, rows of {self.recipe.data.max_length} tokens",
+            "launcher.type": self.recipe.launcher.type,
             **{f"version of {name}": value for name, value in versions().items()},
             "processes on this machine": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         }
