@@ -137,7 +137,7 @@ ROWS = [
     Row("PEANUT", {"r": 4, "depth": 2, "act_fn": "tanh", "scaling": 0.5}),
     Row("OSF", {"effective_rank": 4}),
     Row("ADAMSS", {"r": 8, "num_subspaces": 2, "subspace_rank": 2}),
-    Row("ADAMSS", {"num_subspaces": 3, "random_seed": 2}),
+    Row("ADAMSS", {"r": 7, "num_subspaces": 3, "random_seed": 2}),
     Row("FROD", {"sparse_rate": 0.05}),
     Row("FROD", {"sparse_rate": 0.1, "save_projection": False, "projection_prng_key": 3}),
 ]
