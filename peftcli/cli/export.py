@@ -32,7 +32,7 @@ def command(
     quantized_base: Annotated[
         str | None, typer.Option(help="After QLoRA, merge into the original or the dequantized base.")
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Load the result and compare its logits.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Load the result and compare it with the adapter.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON value.")] = False,
 ) -> int:
@@ -80,10 +80,8 @@ def _check(
         raise InputError(f"{target!r} is no program we know", field="--target", allowed=", ".join(TARGETS))
     if to is not None and output is None:
         raise InputError("is needed", field="--output", fix="-o FOLDER")
-    if to == "gguf" and (target is not None or verify):
-        raise InputError(
-            "means nothing for --to gguf, which PEFT can't load", field="--verify" if verify else "--target"
-        )
+    if to == "gguf" and target is not None:
+        raise InputError("means nothing for --to gguf, which PEFT can't load", field="--target")
     if len(adapters) > 1 and to != "merged":
         raise InputError("takes one adapter", field="--to", fix="peft merge makes one adapter of several")
     for value, option, forms in (
@@ -157,6 +155,11 @@ def _verify(
         result.get("is_exact", True) and result.get("quantized_base") != "dequantized"
     )  # compared with the original
     root = _base(base, adapters[0])
+    if to == "gguf":
+        from peftcli.export.gguf import FILE
+        from peftcli.export.verify_gguf import verify_gguf
+
+        return asdict(verify_gguf(output / FILE, adapters[0], root, is_exact=is_exact))
     return asdict(verify(root, adapters, output, is_model=to == "merged", is_exact=is_exact, other_dtype=dtype))
 
 
@@ -208,10 +211,17 @@ def _show(result: dict[str, Any]) -> None:
     if "verified" in result:
         verdict = result["verified"]
         bound = "no bound: not the same update" if verdict["bound"] is None else f"bound {verdict['bound']:.3g}"
-        console.say(
-            f"verified: reloaded, max |difference| of a logit {verdict['difference']:.3g} over {verdict['tokens']} tokens "
-            f"(largest logit {verdict['largest']:.3g}; {bound})"
-        )
+        if result["form"] == "gguf":
+            told = (
+                f"max |difference| of an update {verdict['difference']:.3g} of its largest value "
+                f"over {verdict['modules']} modules ({bound}; at {verdict['module']})"
+            )
+        else:
+            told = (
+                f"max |difference| of a logit {verdict['difference']:.3g} over {verdict['tokens']} tokens "
+                f"(largest logit {verdict['largest']:.3g}; {bound})"
+            )
+        console.say(f"verified: reloaded, {told}")
     if "rows" in result:
         console.table(
             [result["target"], "", "why or how"], [[row["what"], row["verdict"], row["note"]] for row in result["rows"]]

@@ -53,10 +53,11 @@ def test_clean_copy(place: Path, adapter: Path) -> None:
 
 
 def test_gguf(place: Path, adapter: Path) -> None:
-    peft("export", "a", "--to", "gguf", "-o", "g", cwd=place)
+    done = peft("export", "a", "--to", "gguf", "-o", "g", "--verify", cwd=place)
+    assert "verified: reloaded, max |difference| of an update" in done.stdout
     assert sorted(path.name for path in (place / "g").iterdir()) == ["Modelfile", "adapter.gguf"]
-    refused = peft("export", "a", "--to", "gguf", "-o", "h", "--verify", cwd=place, code=2)
-    assert "--verify" in refused.stderr
+    refused = peft("export", "a", "--to", "gguf", "-o", "h", "--target", "ollama", cwd=place, code=2)
+    assert "--target" in refused.stderr
 
 
 def test_a_prompt_is_impossible(place: Path, shared: Path) -> None:

@@ -11,9 +11,11 @@ import torch
 from data.families import family
 from merging.lab import deltas, save_adapter, save_base
 
-from peftcli.errors import InputError
+from peftcli.errors import InputError, RunError
+from peftcli.export import gguf as writer
 from peftcli.export.gguf import export_gguf
 from peftcli.export.modelfile import find_turns
+from peftcli.export.verify_gguf import verify_gguf
 from peftcli.merging.algebra import Rank
 
 gguf = pytest.importorskip("gguf")
@@ -81,6 +83,55 @@ def test_other_methods_and_float16(tmp_path: Path) -> None:
     found = update_in_transformers_order("blk.0.attn_q.weight", stored, tensors)
     wanted = deltas(base, tmp_path / "a")["model.layers.0.self_attn.q_proj"]
     torch.testing.assert_close(found, wanted, atol=2e-3, rtol=0)
+
+
+EVERYTHING = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "dtype", "bound"),
+    [
+        ("LORA", {"use_rslora": True, "target_modules": EVERYTHING}, None, 1e-6),
+        ("LORA", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}}, "float16", 3e-3),
+        ("LORA", {"use_dora": True}, None, 1e-5),
+        ("LOHA", {}, None, 1e-5),
+    ],
+)
+def test_verified(tmp_path: Path, method: str, fields: dict, dtype: str | None, bound: float) -> None:
+    base = save_base(tmp_path / "base", head_dim=4)
+    save_adapter(tmp_path / "a", base, method, r=4, **{"target_modules": ["q_proj", "k_proj"], **fields})
+    full = Rank(number=16) if method == "LOHA" or "use_dora" in fields else None
+    made = export_gguf(tmp_path / "a", base, tmp_path / "g", rank=full, dtype=dtype)
+    verdict = verify_gguf(tmp_path / "g/adapter.gguf", tmp_path / "a", base, is_exact=made.is_exact)
+    assert made.is_exact
+    assert verdict.modules == made.modules
+    assert verdict.difference < bound
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("permuted", lambda rows, heads: rows),
+        ("padded", lambda pair, rank: type(pair)(pair.a, 1.01 * pair.b)),
+        ("padded", lambda pair, rank: type(pair)(pair.a * float("nan"), pair.b)),
+    ],
+)
+def test_a_wrong_file_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, wrong: object) -> None:
+    base = save_base(tmp_path / "base", head_dim=4)
+    save_adapter(tmp_path / "a", base, r=4)
+    monkeypatch.setattr(writer, name, wrong)
+    export_gguf(tmp_path / "a", base, tmp_path / "g")
+    with pytest.raises(RunError, match="above the bound"):
+        verify_gguf(tmp_path / "g/adapter.gguf", tmp_path / "a", base, is_exact=True)
+
+
+def test_another_adapters_file_is_seen(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", head_dim=4)
+    save_adapter(tmp_path / "a", base, r=4)
+    save_adapter(tmp_path / "b", base, r=4, target_modules=["q_proj"])
+    export_gguf(tmp_path / "b", base, tmp_path / "g")
+    with pytest.raises(RunError, match="v_proj"):
+        verify_gguf(tmp_path / "g/adapter.gguf", tmp_path / "a", base, is_exact=True)
 
 
 @pytest.mark.parametrize(
