@@ -25,7 +25,9 @@ demo: $(VENV)/demo
 test: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 
+# Without xllamacpp, a llama.cpp ready built, tests/export/test_llama_cpp.py is skipped and says so.
 test-slow: $(VENV)/test
+	-$(PIP) --only-binary=:all: xllamacpp==2026.10.11549
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/bench

@@ -130,7 +130,8 @@ def _names(source: Source, base: BaseWeights, architecture: str) -> dict[str, st
     """Each adapted module's weight as llama.cpp calls it.
 
     Raises:
-        InputErrors: naming the modules it does not know, and a head that is the embedding there.
+        InputErrors: naming the modules it does not know, and an embedding that is the head there as well: llama.cpp
+            would add the one's update to both, in shapes that do not fit, and abort.
     """
     gguf = _package()
     layers = base.facts.language_config.get("num_hidden_layers")
@@ -143,9 +144,9 @@ def _names(source: Source, base: BaseWeights, architecture: str) -> dict[str, st
     for module in source.paths:
         shape = source.adapter(module).shape
         name = table.get_name(f"{module}.weight", try_suffixes=(".weight",))
-        tied = name == "output.weight" and "lm_head.weight" not in base.files
+        tied = name in ("output.weight", "token_embd.weight") and "lm_head.weight" not in base.files
         if name is None or "_norm" in name or shape.kind not in ("linear", "embedding") or tied:
-            why = "is the embedding in this base" if tied else "is nothing llama.cpp adapts"
+            why = "is one matrix with the embedding or head in this base" if tied else "is nothing llama.cpp adapts"
             problems.append(InputError(f"{module} {why}", place=source.folder, fix="--to merged"))
         else:
             names[module] = name

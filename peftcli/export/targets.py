@@ -162,7 +162,7 @@ def _gguf_modules(audit: Audit) -> Row:
     if facts.model_type in STORED_TRANSPOSED:
         return Row("modules", "impossible", f"{facts.model_type} stores weights transposed, which it refuses: {MERGE}")
     names = {fit.shape.name for fit in audit.modules.values()}
-    if facts.config.get("tie_word_embeddings") and any(name.endswith("lm_head") for name in names):
+    if facts.config.get("tie_word_embeddings") and any(name.endswith(("lm_head", "embed_tokens")) for name in names):
         return Row("modules", "fixable", f"the head is tied to the embedding there: {MERGE}")
     if norms := [name for name in names if "norm" in name.rpartition(".")[2]]:
         return Row("modules", "fixable", f"{norms[0]} would be ignored: {MERGE}")

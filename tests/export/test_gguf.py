@@ -137,7 +137,8 @@ def test_another_adapters_file_is_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("base_fields", "fields", "problem"),
     [
-        ({"tie_word_embeddings": True}, {"target_modules": ["lm_head"]}, "is the embedding"),
+        ({"tie_word_embeddings": True}, {"target_modules": ["lm_head"]}, "lm_head is one matrix with the embedding"),
+        ({"tie_word_embeddings": True}, {"target_modules": ["embed_tokens"]}, "embed_tokens is one matrix with"),
         ({}, {"modules_to_save": ["lm_head"]}, "trained in full"),
     ],
 )

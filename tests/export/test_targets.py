@@ -58,6 +58,7 @@ def test_what_portable_fixes(base: Path, tmp_path: Path, fields: dict, target: s
         ),  # it divides by the tensor's own rank, as PEFT does
         ({"r": 12}, "vllm", "rank", "ok"),
         ({"r": 16, "target_modules": ["lm_head"]}, "llama.cpp", "modules", "fixable"),
+        ({"r": 16, "target_modules": ["embed_tokens"]}, "llama.cpp", "modules", "fixable"),
         ({"modules_to_save": ["lm_head"]}, "vllm", "tensors", "fixable"),
         ({"trainable_token_indices": [1]}, "vllm", "tensors", "fixable"),
         ({"use_dora": True}, "vllm", "method", "fixable"),
