@@ -139,10 +139,12 @@ class Machine:
 Results = dict[Command, list[dict[str, float]]]
 
 
-def run_all(subjects: Sequence[Subject], machine: Machine, *, repeats: int, quick: bool) -> Results:
-    """Every command of the rows `repeats` times, in turn, so that a change of the machine's load hits all alike."""
-    results: Results = {}
+def run_all(
+    subjects: Sequence[Subject], machine: Machine, *, repeats: int, quick: bool
+) -> Iterator[tuple[Subject, Results]]:
+    """Every command of a subject's rows `repeats` times, in turn, so that a change of the machine's load hits all alike."""
     for subject in subjects:
+        results: Results = {}
         rows = [row for row in subject.rows if row.quick or not quick]
         if not rows:
             continue
@@ -154,7 +156,7 @@ def run_all(subjects: Sequence[Subject], machine: Machine, *, repeats: int, quic
                 measured = machine.run(command)
                 print("   ", {name: round(value, 3) for name, value in measured.items()}, flush=True)
                 results.setdefault(command, []).append(measured)
-    return results
+        yield subject, results
 
 
 @dataclass(frozen=True)

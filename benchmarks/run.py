@@ -27,11 +27,15 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     machine = Machine(options.work.resolve(), options.rival.absolute(), options.threads)
     subjects = [s for s in SUBJECTS if (options.only or "").lower() in s.title.lower()]
-    results = run_all(subjects, machine, repeats=options.repeats, quick=options.quick)
-    runs = [{"side": c.side, "arguments": c.arguments, "runs": r} for c, r in results.items()]
+    measured = list(run_all(subjects, machine, repeats=options.repeats, quick=options.quick))
+    runs = [
+        {"subject": subject.title, "side": command.side, "arguments": command.arguments, "runs": found}
+        for subject, results in measured
+        for command, found in results.items()
+    ]
     (options.work / "runs.json").write_text(json.dumps(runs, indent=1))
-    tables = [(s, [v for row in s.rows if (v := verdict(row, results))]) for s in subjects]
-    write([(s, verdicts) for s, verdicts in tables if verdicts], options.output, machine, repeats=options.repeats)
+    tables = [(s, [v for row in s.rows if (v := verdict(row, results))]) for s, results in measured]
+    write(tables, options.output, machine, repeats=options.repeats)
 
 
 if __name__ == "__main__":
