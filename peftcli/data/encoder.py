@@ -154,7 +154,8 @@ class Encoder:
                 self._note("unprompted", place)
             ids, offsets = self._tokens(answer.text)
             first = self._first_behind(offsets, answer.start, place)
-            end = self._end_of_turn(answer.text, ids, offsets, first)
+            own = self._control_at_end(example.messages[index]["content"])
+            end = self._end_of_turn(answer.text, ids, offsets, first, own)
             self.notes.terminators[self._control.get(int(ids[end - 1]))] += 1
             if samples and np.array_equal(samples[-1][0][:end], ids[:end]):
                 samples[-1][1][first:end] = True
@@ -210,19 +211,33 @@ class Encoder:
             self._note("merged", place)
         return int(behind[0])
 
-    def _end_of_turn(self, text: str, ids: NDArray[np.int32], offsets: NDArray[np.int64], first: int) -> int:
+    def _end_of_turn(self, text: str, ids: NDArray[np.int32], offsets: NDArray[np.int64], first: int, own: int) -> int:
         """Index behind the first of the control tokens that end the text, blanks between and behind them left out.
 
         The model stops there: what a template writes after it (a line break, Phi's end of text) is not its work. All
         that is left if no control token ends the text.
+
+        Args:
+            own: so many of them are the answer's words (`cat <filename>`), unless they are what ends a turn.
         """
-        end = len(ids)
+        ending: list[int] = []
         for index in reversed(range(first, len(ids))):
             if int(ids[index]) in self._control:
-                end = index + 1
+                ending.append(index)
             elif text[slice(*offsets[index])].strip():
                 break
-        return end
+        if not ending:
+            return len(ids)
+        ending.reverse()
+        stop = ids[ending[min(own, len(ending) - 1)]]
+        return next(index for index in ending if ids[index] == stop) + 1
+
+    def _control_at_end(self, content: str) -> int:
+        """How many control tokens an answer ends with."""
+        count, rest = 0, content.rstrip()
+        while found := next((token for token in self._control.values() if token and rest.endswith(token)), None):
+            count, rest = count + 1, rest.removesuffix(found).rstrip()
+        return count
 
     def _note(self, kind: str, place: str, count: int = 1) -> None:
         setattr(self.notes, kind, getattr(self.notes, kind) + count)

@@ -243,6 +243,20 @@ def test_an_assistant_turn_that_opens_the_conversation_is_context():
     assert (marked(tokenizer, samples)[0].count("«"), encoder.notes.openings) == (2, 1)
 
 
+@pytest.mark.parametrize(
+    ("answer", "learnt"),
+    [
+        ("fine <|im_start|>", "«fine <|im_start|><|im_end|>»\n"),
+        ("fine <|im_start|><|im_start|> ", "«fine <|im_start|><|im_start|> <|im_end|>»\n"),
+        ("fine<|im_end|>", "«fine<|im_end|>»<|im_end|>\n"),
+    ],
+)
+def test_control_tokens_that_an_answer_ends_with_are_its_words_and_its_end_is_still_learnt(answer: str, learnt: str):
+    tokenizer = family("chatml")
+    (sample,) = Encoder(tokenizer, "assistant").encode(turns("hello", answer), "here")
+    assert marked(tokenizer, [sample])[0].partition("assistant\n")[2] == learnt
+
+
 def test_ends_are_counted():
     encoder = Encoder(family("chatml"), "assistant")
     encoder.encode(TWO, "here")
