@@ -92,7 +92,11 @@ def _targets(targets: list[str] | str | None) -> str | None:
 
 def _base(base: dict[str, Any]) -> str:
     revision = f" at {base['revision']}" if base["revision"] else ""
-    known = f", {base['model_type']}, found in {base['folder']}" if base["folder"] else ", not on this machine"
+    known = (
+        f", {base['model_type']}, found in {base['folder']}"
+        if base["folder"]
+        else ", not found as a folder or in the hub's cache"
+    )
     return f"{base['name']}{revision}{known}" if base["name"] else "not named" + (known if base["folder"] else "")
 
 
