@@ -154,7 +154,7 @@ class Encoder:
                 self._note("unprompted", place)
             ids, offsets = self._tokens(answer.text)
             first = self._first_behind(offsets, answer.start, place)
-            own = self._control_at_end(example.messages[index]["content"])
+            own = self._control_at_end(example.messages[index])
             end = self._end_of_turn(answer.text, ids, offsets, first, own)
             self.notes.terminators[self._control.get(int(ids[end - 1]))] += 1
             if samples and np.array_equal(samples[-1][0][:end], ids[:end]):
@@ -226,18 +226,24 @@ class Encoder:
                 ending.append(index)
             elif text[slice(*offsets[index])].strip():
                 break
-        if not ending:
+        if len(ending) <= own:
             return len(ids)
         ending.reverse()
-        stop = ids[ending[min(own, len(ending) - 1)]]
-        return next(index for index in ending if ids[index] == stop) + 1
+        return next(index for index in ending if ids[index] == ids[ending[own]]) + 1
 
-    def _control_at_end(self, content: str) -> int:
-        """How many control tokens an answer ends with."""
-        count, rest = 0, content.rstrip()
-        while found := next((token for token in self._control.values() if token and rest.endswith(token)), None):
-            count, rest = count + 1, rest.removesuffix(found).rstrip()
-        return count
+    def _control_at_end(self, message: dict[str, Any]) -> int:
+        """How many control tokens an answer's content ends with, up to the end token: who writes that means it."""
+        if message.get("tool_calls"):  # they stand behind the content
+            return 0
+        content, eos = message["content"], self._tokenizer.eos_token
+        tokens: list[str] = []
+        end = len(content)
+        for found in reversed(list(self._control_pattern.finditer(content))):
+            if content[found.end() : end].strip():
+                break
+            tokens.insert(0, found[0])
+            end = found.start()
+        return tokens.index(eos) if eos in tokens else len(tokens)
 
     def _note(self, kind: str, place: str, count: int = 1) -> None:
         setattr(self.notes, kind, getattr(self.notes, kind) + count)

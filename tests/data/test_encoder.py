@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from data.families import family, marked
+from data import families
+from data.families import CHATML_TOOLS, byte_level, family, marked
 from peftcli.data.encoder import Encoder
 from peftcli.data.formats import Completion, Conversation
 from peftcli.errors import InputError
@@ -255,6 +256,27 @@ def test_control_tokens_that_an_answer_ends_with_are_its_words_and_its_end_is_st
     tokenizer = family("chatml")
     (sample,) = Encoder(tokenizer, "assistant").encode(turns("hello", answer), "here")
     assert marked(tokenizer, [sample])[0].partition("assistant\n")[2] == learnt
+
+
+def test_a_template_without_end_of_turn_does_not_end_at_a_control_token_of_the_answer():
+    tokenizer = byte_level(families.PLAIN, ("<file>", "</s>"), eos="</s>")
+    encoder = Encoder(tokenizer, "assistant")
+    assert marked(tokenizer, encoder.encode(turns("hello", "cat <file>"), "here")) == [
+        "user: hello\nassistant: «cat <file>\n»"
+    ]
+    assert encoder.notes.terminators == {None: 1}
+    assert marked(tokenizer, encoder.encode(turns("hello", "cat <file></s>"), "here")) == [
+        "user: hello\nassistant: «cat <file></s>»\n"
+    ], "the end token is meant"
+    assert encoder.notes.terminators == {None: 1, "</s>": 1}
+
+
+def test_a_tool_call_stands_between_a_content_and_its_end_of_turn():
+    tokenizer = byte_level(CHATML_TOOLS, ("<|im_start|>", "<|im_end|>", "<file>"), eos="<|im_end|>")
+    messages = turns("hello", "cat <file>").messages
+    messages[1]["tool_calls"] = [{"function": {"name": "f", "arguments": {}}}]
+    [sample] = marked(tokenizer, Encoder(tokenizer, "assistant").encode(Conversation(messages, [False, True]), "here"))
+    assert sample.endswith("</tool_call><|im_end|>»\n")
 
 
 def test_ends_are_counted():
