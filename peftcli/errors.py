@@ -57,6 +57,16 @@ class InputError(PeftCliError, ValueError):
         ]
         super().__init__("\n".join([head, *tail]))
 
+    def at(self, *, place: str | Path | None = None, field: str | None = None, fix: str | None = None) -> InputError:
+        """The same problem, told with another place, field or fix."""
+        return InputError(
+            self.problem,
+            place=place or self.place,
+            field=field or self.field,
+            allowed=self.allowed,
+            fix=fix or self.fix,
+        )
+
 
 class InputErrors(InputError):
     """Several problems found in one pass (all bad tensors of a file, all bad fields of a recipe)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -50,6 +51,30 @@ def _why(path: Path, error: OSError | ValueError) -> str:
     if isinstance(error, FileNotFoundError) and path.is_symlink():
         return f"it is a symbolic link to {printable(os.readlink(path))!r}, which does not exist"
     return error.strerror or type(error).__name__
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a regular file.
+
+    Raises:
+        InputError: as `open_regular`.
+    """
+    digest, block = hashlib.sha256(), bytearray(1 << 20)
+    with open_regular(path) as file:
+        while count := file.readinto(block):  # type: ignore[attr-defined]  # a buffered reader has it
+            digest.update(memoryview(block)[:count])
+    return digest.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows can't open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_bounded(path: Path, limit: int) -> bytes:

@@ -404,23 +404,33 @@ def save_adapter(
     Raises:
         InputError: if a tensor is not finite: a broken adapter is never written.
     """
-    from safetensors.torch import save
-
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     if state is None:
         state = adapter_state_dict(attached, name, save_embedding_layers=save_embedding_layers)
-    broken = [key for key, t in state.items() if t.is_floating_point() and not torch.isfinite(t.float()).all()]
-    if broken:
-        raise InputErrors(InputError("holds NaN or infinity: not saved", place=folder, field=key) for key in broken)
-    plain = {key: tensor.cpu().contiguous().clone() for key, tensor in state.items()}
-    write_atomically(folder / WEIGHTS_NAME, save(plain, metadata={"format": "pt"}))
-    _check_written(folder / WEIGHTS_NAME, plain)
+    write_weights(folder, state)
     write_fingerprint(folder, attached.base)
     write_atomically(folder / CONFIG_NAME, stored_config(attached, name).to_json().encode())
     if name in attached.gates and attached.gates[name].config.use_trainable_adapters:
         for expert in attached.members(name):
             save_adapter(attached, expert, folder / expert, save_embedding_layers=save_embedding_layers)
+
+
+def write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter's weights; its config comes after them, since without it a folder is no adapter.
+
+    Raises:
+        InputError: if a tensor is not finite: a broken adapter is never written.
+        RunError: if the disk does not hold what was written.
+    """
+    from safetensors.torch import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    broken = [key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t.float()).all()]
+    if broken:
+        raise InputErrors(InputError("holds NaN or infinity: not saved", place=folder, field=key) for key in broken)
+    plain = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
+    write_atomically(folder / WEIGHTS_NAME, save(plain, metadata={"format": "pt"}))
+    _check_written(folder / WEIGHTS_NAME, plain)
 
 
 def _check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:

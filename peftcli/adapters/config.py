@@ -348,7 +348,7 @@ def build_config(cls: type[Config], values: dict[str, Any], *, place: str | Path
     try:
         config.validate()
     except InputError as error:
-        raise InputError(error.problem, place=place, field=error.field, allowed=error.allowed, fix=error.fix) from None
+        raise error.at(place=place) from None
     return config
 
 

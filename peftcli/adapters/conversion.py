@@ -13,7 +13,6 @@ from peftcli.adapters.base import DeltaAdapter
 from peftcli.adapters.engine import Attached, adapters_of
 from peftcli.adapters.layer import AdapterLayer, full_precision
 from peftcli.errors import InputError
-from peftcli.files import write_atomically
 
 if TYPE_CHECKING:
     from peftcli.adapters.methods.lora import LoraConfig
@@ -66,12 +65,9 @@ def save_as_lora(
     path: str | Path, model: nn.Module, rank: int | float, adapter_name: str = "default", progressbar: bool = False
 ) -> None:
     """Write what `convert_to_lora` gives as an adapter folder."""
-    from safetensors.torch import save
-
     config, state = convert_to_lora(model, rank, adapter_name)
+    checkpoint.write_weights(Path(path), state)
     config.save_pretrained(path)
-    plain = {key: tensor.cpu().contiguous().clone() for key, tensor in state.items()}
-    write_atomically(Path(path) / checkpoint.WEIGHTS_NAME, save(plain, metadata={"format": "pt"}))
 
 
 def _rank(rank: int | float) -> Rank:

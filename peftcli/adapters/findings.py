@@ -31,7 +31,7 @@ class Findings:
     def add(self, error: InputError, place: Path) -> None:
         """Note an error another part raised, giving it a place if it has none."""
         if error.place is None and type(error) is InputError:
-            error = InputError(error.problem, place=place, field=error.field, allowed=error.allowed, fix=error.fix)
+            error = error.at(place=place)
         self._foreign_errors.append(error)
 
     @property

@@ -16,7 +16,6 @@ from peftcli.adapters.methods.cartridge import CartridgeConfig
 from peftcli.adapters.model import PeftModel
 from peftcli.adapters.state import set_peft_model_state_dict
 from peftcli.errors import InputError
-from peftcli.files import write_atomically
 
 KEY = "prompt_embeddings"
 
@@ -102,8 +101,6 @@ def compose_cartridge_adapters(adapter_paths: Sequence[str | Path], *, output_pa
     Raises:
         InputError: for other adapters, or cartridges of models of another shape.
     """
-    from safetensors.torch import save
-
     if len(adapter_paths) < 2:
         raise InputError(f"has {len(adapter_paths)}", field="adapter_paths", allowed="two cartridges or more")
     folders = [checkpoint.resolve_adapter_folder(path) for path in adapter_paths]
@@ -121,5 +118,5 @@ def compose_cartridge_adapters(adapter_paths: Sequence[str | Path], *, output_pa
                 )
     assert isinstance(first, CartridgeConfig)
     prompt = torch.cat([checkpoint.read_tensors(folder)[KEY] for folder in folders])
+    checkpoint.write_weights(Path(output_path), {KEY: prompt})
     replace(first, num_virtual_tokens=len(prompt)).save_pretrained(output_path)
-    write_atomically(Path(output_path) / checkpoint.WEIGHTS_NAME, save({KEY: prompt}, metadata={"format": "pt"}))

@@ -120,10 +120,13 @@ def run(request: Request) -> None:
         launcher_configs.write(made / run_folder.DATA, setup.launcher)
         text = dump_recipe(_to_store(setup.request.recipe))
         with run_folder.installed(made, own, text, overwrite=resume is None or machine > 0):
-            result = _in_this_process(request, folder, resume) if setup.command is None else None
-            if setup.command is not None:
+            result: RunResult | None = None
+            if setup.command is None:
+                result = _in_this_process(request, folder, resume)
+            else:
                 run_processes(setup.command, own, quiet=request.as_json)
-                result = _written(folder) if machine == 0 else None
+                if machine == 0:
+                    result = _written(folder)
     if result is None:
         _say_done_elsewhere(machine, request.as_json)
     elif request.as_json:

@@ -99,13 +99,9 @@ def _data(setup: Setup) -> Iterator[tuple[str, str]]:
         shown = ", ".join(printable(name, 40) for name in report.labels[:MAX_CLASSES])
         yield "classes", f"{len(report.labels)}: {shown}" + ", ..." * (len(report.labels) > MAX_CLASSES)
     if report.streamed:
-        yield (
-            "stream",
-            (
-                f"these are its first {sum(source.rows for source in report.train.sources):,} rows, all that is looked at "
-                f"beforehand; {setup.request.recipe.data.buffer_size:,} at a time are read while training"
-            ),
-        )
+        rows, at_a_time = sum(source.rows for source in report.train.sources), setup.request.recipe.data.buffer_size
+        looked_at = f"these are its first {rows:,} rows, all that is looked at beforehand"
+        yield "stream", f"{looked_at}; {at_a_time:,} at a time are read while training"
     yield "lengths", ", ".join(f"to {edge}: {number:,}" for edge, number in report.train.lengths.items())
     for source in report.train.sources:
         form = f"{source.format}, " + ("chat template" if source.templated else "plain text")

@@ -22,7 +22,7 @@ from typing import Any
 from peftcli.data.cache_key import DataKey
 from peftcli.data.prepare import AUDIT, TRAIN, WRITTEN, Prepared, prepare
 from peftcli.errors import printable
-from peftcli.files import cache_folder
+from peftcli.files import cache_folder, flush, write_atomically
 
 MANIFEST = "entry.json"
 PARTIAL = ".tmp-"
@@ -111,13 +111,13 @@ class Cache:
         partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=self.root))
         try:
             digests = {file.name: _copied(file, partial / file.name) for file in files}
-            _write_durably(partial / MANIFEST, json.dumps(digests, indent=1).encode())
+            write_atomically(partial / MANIFEST, json.dumps(digests, indent=1))
             try:
                 partial.rename(self.root / name)
             except OSError:
                 if not (self.root / name).is_dir():  # else another process was quicker, with the same data
                     raise
-            _sync_folder(self.root)
+            flush(self.root)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -172,18 +172,3 @@ def _copied(source: Path, target: Path) -> str:
         write.flush()
         os.fsync(write.fileno())
     return digest.hexdigest()
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

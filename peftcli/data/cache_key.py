@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from peftcli import __version__
 from peftcli.data.sources import PART_SPLITS, source_files
 from peftcli.errors import InputError
-from peftcli.files import open_regular
+from peftcli.files import sha256
 
 if TYPE_CHECKING:
     from peftcli.recipe.schema import DataSection
@@ -74,7 +74,7 @@ class DataKey:
             "arguments": self.arguments,
             "tokenizer": _facts(self.tokenizer),
             "today": str(self.today) if "strftime_now" in self._template else None,
-            "files": [[part, str(path), _digest(path)] for part, path, _ in self._states],
+            "files": [[part, str(path), sha256(path)] for part, path, _ in self._states],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -114,14 +114,6 @@ def _facts(tokenizer: Any) -> list[Any]:
         tokenizer.model_input_names,
         tokenizer.init_kwargs,
     ]
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _digest_of_code() -> str:

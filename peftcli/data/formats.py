@@ -112,7 +112,7 @@ def parse_row(name: str, values: dict[str, Any], place: str, templated: bool) ->
     try:
         return format.parse(known, templated)
     except InputError as error:
-        raise InputError(error.problem, place=place, field=error.field, allowed=error.allowed, fix=error.fix) from error
+        raise error.at(place=place) from error
 
 
 def detect(columns: Collection[str], place: str, task: str = "CAUSAL_LM") -> str:

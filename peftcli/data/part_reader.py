@@ -87,9 +87,7 @@ class PartReader:
             yield
         except InputError as error:
             field = f"data.{name}: {error.field}" if error.field else f"data.{name}"
-            raise InputError(
-                error.problem, place=error.place, field=field, allowed=error.allowed, fix=error.fix
-            ) from error
+            raise error.at(field=field) from error
 
     def note(self, part: Part, index: int, row: Row) -> None:
         """Count a row of a source; its first one decides format and form."""

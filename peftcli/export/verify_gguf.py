@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcli.adapters.base import DeltaAdapter
 from peftcli.errors import RunError
 from peftcli.export.verify import BOUNDS
 from peftcli.lazy import numpy, torch
@@ -124,14 +123,7 @@ def _own(source: Source, module: str) -> NDArray[Any]:
     """The adapter's update [out, in] by its method's own equation."""
     adapter = source.adapter(module)
     with torch.no_grad():
-        p = source.tensors(module, adapter)
-        if isinstance(adapter, DeltaAdapter):
-            update = adapter.delta(p)
-        else:
-            weight = source.base_weight(adapter.shape)
-            update = adapter.merged_weight(p, weight) - weight
-    values: NDArray[Any] = update.numpy()
-    return values
+        return source.matrix(adapter, source.tensors(module, adapter))
 
 
 def _share(found: NDArray[Any], wanted: NDArray[Any]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from peftcli.adapters.methods.lora import Lora
 from peftcli.adapters.registry import adapter_class
 from peftcli.adapters.values import read_array
 from peftcli.errors import InputError, InputErrors
-from peftcli.files import open_regular
+from peftcli.files import open_regular, sha256
 from peftcli.lazy import numpy, torch
 from peftcli.merging.algebra import Dense, LowRank, Update
 from peftcli.merging.base_weights import BaseWeights
@@ -67,11 +66,7 @@ class Source:
     @cached_property
     def sha256(self) -> str:
         """Hash of the weights' file: what a card names a parent by."""
-        digest, block = hashlib.sha256(), bytearray(1 << 20)
-        with open_regular(self.audit.file.path) as file:
-            while count := file.readinto(block):  # type: ignore[attr-defined]  # a buffered reader has it
-                digest.update(memoryview(block)[:count])
-        return digest.hexdigest()
+        return sha256(self.audit.file.path)
 
     @property
     def part(self) -> Part | None:
@@ -202,10 +197,14 @@ class Source:
         if isinstance(adapter, LowRankAdapter) and type(adapter).delta is LowRankAdapter.delta:
             a, b = adapter.factors(p)
             return LowRank(a.numpy(), b.numpy())
+        return Dense(self.matrix(adapter, p), self._nominal_rank(adapter))
+
+    def matrix(self, adapter: Adapter, p: Tensors) -> NDArray[Any]:
+        """The update [out, in] by the method's own equation."""
         if isinstance(adapter, DeltaAdapter):
-            return Dense(adapter.delta(p).numpy(), self._nominal_rank(adapter))
+            return adapter.delta(p).numpy()
         weight = self.base_weight(adapter.shape)
-        return Dense((adapter.merged_weight(p, weight) - weight).numpy(), self._nominal_rank(adapter))
+        return (adapter.merged_weight(p, weight) - weight).numpy()
 
     def pair(self, module: str, adapter: Lora) -> LowRank:
         """A and B of plain LoRA as matrices, without the scaling."""

@@ -80,8 +80,7 @@ def _placed(error: InputError, root: Node) -> InputError:
     field = error.field or ""
     if error.place or field.partition(".")[0] not in Recipe.model_fields:
         return error
-    place = root.nearest(field.split(".")).place
-    return InputError(error.problem, place=place, field=field, allowed=error.allowed, fix=error.fix)
+    return error.at(place=root.nearest(field.split(".")).place)
 
 
 def dump_recipe(recipe: Recipe) -> str:

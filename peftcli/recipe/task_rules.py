@@ -73,7 +73,7 @@ def check_task(recipe: Recipe) -> None:
         _check_preference(recipe)
     if recipe.data.streaming:
         _check_stream(recipe)
-    elif "buffer_size" in recipe.data.model_fields_set and recipe.data.buffer_size != 4096:
+    elif recipe.data.buffer_size != type(recipe.data).model_fields["buffer_size"].default:
         raise contradiction("data.buffer_size is for data.streaming.", fix="set data.streaming, or leave it out")
 
 

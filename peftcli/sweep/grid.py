@@ -214,12 +214,12 @@ def _seed_of_split(recipe: Recipe) -> int | None:
 
 def _of_run(settings: dict[str, str], error: InputError) -> InputError:
     run = " ".join(f"{field}={value}" for field, value in settings.items())
-    fix = error.fix
+    fix = None
     if METHOD in settings and any(text in error.problem for text in ("has no such field", "must be given")):
         method = settings[METHOD]
         fix = f"give methods their own fields as whole sections: --sweep 'adapter={{method: {method}, ...}},{{method: ...}}'"
     place = ": ".join(str(part) for part in (f"run {run}", error.place) if part)
-    return InputError(error.problem, place=place, field=error.field, allowed=error.allowed, fix=fix)
+    return error.at(place=place, fix=fix)
 
 
 def _twins(combinations: Sequence[Combination]) -> Iterator[InputError]:

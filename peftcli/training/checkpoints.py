@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from peftcli.errors import InputError, RunError, printable
-from peftcli.files import parse_json, read_bounded
+from peftcli.files import flush, parse_json, read_bounded, sha256
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -65,7 +65,7 @@ def new_checkpoint(run_folder: Path, step: int, facts: dict[str, Any], *, needed
         if target.exists() or target.is_symlink():  # left over from an attempt that was resumed from an earlier step
             discard(target)
         os.rename(folder, target)
-        _flush(run_folder)
+        flush(run_folder)
 
 
 @contextmanager
@@ -112,9 +112,9 @@ def flush_files(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         path.chmod(0o666 & ~umask)  # safetensors writes 0600
-        _flush(path)
+        flush(path)
     for inner in {path.parent for path in files} | {folder}:
-        _flush(inner)
+        flush(inner)
     return files
 
 
@@ -125,7 +125,7 @@ def move_files(source: Path, target: Path) -> None:
         destination = target / path.relative_to(source)
         destination.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, destination)
-    _flush(target)
+    flush(target)
 
 
 def discard(checkpoint: Path) -> None:
@@ -233,15 +233,6 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 # -- details --------------------------------------------------------------------------------------------------------
 
 
@@ -277,25 +268,14 @@ def _seal(folder: Path, facts: dict[str, Any]) -> None:
     ]
     manifest = folder / MANIFEST
     manifest.write_bytes(_manifest({**facts, "files": entries}))
-    _flush(manifest)
-    _flush(folder)
+    flush(manifest)
+    flush(folder)
 
 
 def _manifest(facts: dict[str, Any]) -> bytes:
     """The manifest's bytes: the facts and their own sha256."""
     digest = hashlib.sha256(json.dumps(facts, indent=1).encode()).hexdigest()
     return (json.dumps({**facts, "sha256": digest}, indent=1) + "\n").encode()
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or folder."""
-    if os.name == "nt" and path.is_dir():  # Windows can't open folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def require_room(run_folder: Path, count: int, size: int) -> None:

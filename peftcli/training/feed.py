@@ -7,9 +7,11 @@ from collections.abc import Callable
 from peftcli.data.stream import Stream
 from peftcli.data.tokens import TokenDataset
 from peftcli.errors import InputError
-from peftcli.recipe.training_section import TrainingSection
-from peftcli.training.batches import Window, training_windows
+from peftcli.training.batches import Window
 from peftcli.training.state import Progress
+
+MakeWindows = Callable[[TokenDataset, int], list[Window]]
+"""The optimizer steps of some samples on this process; the number seeds their order."""
 
 
 class Feed:
@@ -17,9 +19,7 @@ class Feed:
 
     Args:
         data: its samples.
-        settings: the recipe's `training` section.
-        world_size, rank: the processes, and which of them this is.
-        row_length: see `training_windows`.
+        make_windows: makes steps of samples.
 
     Attributes:
         data: what the indices of the running windows are of.
@@ -27,24 +27,17 @@ class Feed:
         steps_per_epoch: None where it isn't known.
     """
 
-    steps_per_epoch: int | None
-
-    def __init__(
-        self,
-        data: TokenDataset,
-        settings: TrainingSection,
-        *,
-        world_size: int = 1,
-        rank: int = 0,
-        row_length: int | None = None,
-    ) -> None:
-        self._settings, self._world_size, self._rank, self._row_length = settings, world_size, rank, row_length
+    def __init__(self, data: TokenDataset, make_windows: MakeWindows) -> None:
+        self._make_windows = make_windows
         self._take(data)
-        self.steps_per_epoch = len(self._windows_of(0))
+        self.steps_per_epoch = self._count_steps()
+
+    def _count_steps(self) -> int | None:
+        return len(self._make_windows(self.data, 0))
 
     def windows(self, progress: Progress) -> list[Window]:
         """The steps of the running epoch, or chunk of it, on this process."""
-        return self._windows_of(progress.epoch)
+        return self._make_windows(self.data, progress.epoch)
 
     def advance(self, progress: Progress) -> None:
         """Note that a step was done."""
@@ -59,17 +52,6 @@ class Feed:
     def _take(self, data: TokenDataset) -> None:
         self.data, self.units, self.lengths = data, data.units, data.lengths
 
-    def _windows_of(self, order: int) -> list[Window]:
-        """`order` seeds the shuffling."""
-        return training_windows(
-            self.data,
-            self._settings,
-            order,
-            world_size=self._world_size,
-            rank=self._rank,
-            row_length=self._row_length,
-        )
-
 
 class StreamFeed(Feed):
     """A stream: an epoch is chunk after chunk, and after the last one the next epoch begins.
@@ -78,26 +60,20 @@ class StreamFeed(Feed):
         stream: gives the chunks.
         say: is told when the data begin again.
         data: its first samples.
-        settings, world_size, rank, row_length: as for `Feed`.
+        make_windows: makes steps of the samples of a chunk.
     """
 
     def __init__(
-        self,
-        stream: Stream,
-        say: Callable[[str], None],
-        data: TokenDataset,
-        settings: TrainingSection,
-        *,
-        world_size: int = 1,
-        rank: int = 0,
-        row_length: int | None = None,
+        self, stream: Stream, say: Callable[[str], None], data: TokenDataset, make_windows: MakeWindows
     ) -> None:
-        super().__init__(data, settings, world_size=world_size, rank=rank, row_length=row_length)
-        self.steps_per_epoch = None
+        super().__init__(data, make_windows)
         self._stream, self._say = stream, say
         self._there: tuple[int, int] | None = None
         self._windows: list[Window] = []
         self._is_last = False
+
+    def _count_steps(self) -> int | None:
+        return None
 
     def windows(self, progress: Progress) -> list[Window]:
         began = progress.epoch
@@ -122,7 +98,7 @@ class StreamFeed(Feed):
         self._there = progress.epoch, progress.chunk
         data, self._is_last = self._stream.chunk(progress.epoch, progress.chunk)
         self._take(data)
-        self._windows = self._windows_of(progress.epoch << 32 | progress.chunk) if len(data) else []
+        self._windows = self._make_windows(data, progress.epoch << 32 | progress.chunk) if len(data) else []
 
     def _move_on(self, progress: Progress) -> None:
         progress.chunk, progress.window = progress.chunk + 1, 0

@@ -8,7 +8,6 @@ to do that. Unpacked values are kept in float32. They are not exact in bfloat16 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.errors import InputError, RunError, printable
-from peftcli.files import cache_folder, open_regular
+from peftcli.files import cache_folder, open_regular, sha256
 from peftcli.training.quiet import quiet_transformers
 from peftcli.training.tokenizer import choose_pad
 
@@ -122,11 +121,7 @@ def _key(file: Path) -> str:
 @lru_cache
 def _digest(file: Path, size: int, modified: int) -> str:
     """SHA-256 of the file, computed once a process."""
-    digest = hashlib.sha256()
-    with open_regular(file) as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256(file)
 
 
 def _convert(file: Path, folder: Path) -> None:

@@ -23,10 +23,10 @@ from peftcli.data.tokens import TokenDataset
 from peftcli.recipe.task_rules import higher_is_better
 from peftcli.recipe.training_section import TrainingSection
 from peftcli.training import resume, state
-from peftcli.training.batches import Window, to_batch
+from peftcli.training.batches import Window, to_batch, training_windows
 from peftcli.training.callbacks import Callback
 from peftcli.training.evaluate import evaluate, gathered
-from peftcli.training.feed import Feed
+from peftcli.training.feed import Feed, MakeWindows
 from peftcli.training.finite import not_finite
 from peftcli.training.losses import CausalLMLoss
 from peftcli.training.objectives.base import Objective
@@ -89,7 +89,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         export: Callable[[Path], None] | None = None,
         received_signal: Callable[[], int] = lambda: 0,
-        feed: Callable[..., Feed] = Feed,
+        feed: Callable[[TokenDataset, MakeWindows], Feed] = Feed,
         row_length: int | None = None,
         published_step: int | None = None,
         manifest: dict[str, Any] | None = None,
@@ -108,11 +108,16 @@ class Trainer:
         self.progress = state.Progress()
         self.stopped: str | None = None
         self._began, self._logged_at, self._logged_tokens = 0.0, 0.0, 0
-        self.feed = feed(train_data, settings, world_size=self.world_size, rank=self.rank, row_length=row_length)
+        self.feed = feed(train_data, self._make_windows)
         self.total_steps = settings.max_steps
         if self.feed.steps_per_epoch is not None and settings.max_steps < 0:
             self.total_steps = math.ceil(settings.num_train_epochs * self.feed.steps_per_epoch)
         self._prepare()
+
+    def _make_windows(self, data: TokenDataset, order: int) -> list[Window]:
+        return training_windows(
+            data, self.settings, order, world_size=self.world_size, rank=self.rank, row_length=self.row_length
+        )
 
     def _prepare(self) -> None:
         if self.settings.gradient_checkpointing:

@@ -75,5 +75,4 @@ def adapted(model: nn.Module, config: PeftConfig, task_type: str) -> nn.Module:
     except InputError as error:
         if isinstance(error, InputErrors) or error.field not in set(settable(type(config))):
             raise
-        field = f"adapter.{error.field}"
-        raise InputError(error.problem, place=error.place, field=field, allowed=error.allowed, fix=error.fix) from None
+        raise error.at(field=f"adapter.{error.field}") from None

@@ -29,6 +29,7 @@ from peftcli.adapters.quantized import is_quantized
 from peftcli.data.stream import Stream
 from peftcli.data.tokens import TokenDataset
 from peftcli.errors import EXIT_FAILURE, InputError, PeftCliError, printable
+from peftcli.files import sha256
 from peftcli.launchers.machines import machine_folder
 from peftcli.launchers.run import INTERRUPTED
 from peftcli.recipe.load import load_recipe
@@ -65,7 +66,6 @@ from peftcli.training.publish import (
 from peftcli.training.reports import Outcome
 from peftcli.training.signals import Interrupted, StopSignals
 from peftcli.training.starts import start_from_data
-from peftcli.training.state import fingerprint
 from peftcli.training.strategies import make_strategy
 from peftcli.training.strategies.plain import Strategy
 
@@ -150,7 +150,7 @@ class _Worker:
         data = {"data.train": self.train_data, "data.eval": self.eval_data}
         training = self.recipe.training.model_dump(mode="json", exclude={"output_dir", "run_name", "report_to"})
         return {
-            **{name: fingerprint(*part.columns().values()) if part else None for name, part in data.items()},
+            **{name: state.fingerprint(*part.columns().values()) if part else None for name, part in data.items()},
             **{f"training.{name}": value for name, value in training.items()},
             **identity(self.recipe),
             **self.recipe.model_dump(mode="json", include={"preference"}),
@@ -242,7 +242,7 @@ class _Worker:
             feed=Feed if stream is None else partial(StreamFeed, stream, self._say),
             row_length=row_length(self.recipe),
             published_step=machines.first_says(RunResult.published_step(self.folder)),
-            manifest={"recipe": checkpoints.sha256(self.prepared / RECIPE_NAME), "versions": versions()},
+            manifest={"recipe": sha256(self.prepared / RECIPE_NAME), "versions": versions()},
             identity={**identity(self.recipe), **(stream.identity() if stream else {})},
         )
 

@@ -20,6 +20,7 @@ from training.run_folders import prepare_run, save_base
 Launcher = dict[str, Any]
 DDP: Launcher = {"type": "accelerate", "num_processes": 2}
 FSDP: Launcher = {"type": "fsdp", "num_processes": 2}
+LORA = {"method": "lora", "r": 4, "target_modules": ["q_proj", "up_proj"]}
 
 
 @dataclass(frozen=True)

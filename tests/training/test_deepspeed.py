@@ -17,6 +17,7 @@ from peftcli.training import worker
 from training.side_by_side import (
     DDP,
     FSDP,
+    LORA,
     Launcher,
     Row,
     assert_equal,
@@ -28,7 +29,6 @@ from training.side_by_side import (
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the package deepspeed")
 
-LORA = {"method": "lora", "r": 4, "target_modules": ["q_proj", "up_proj"]}
 ADALORA = {
     "method": "adalora",
     "init_r": 4,

@@ -18,6 +18,7 @@ from training.run_folders import prepare_run
 from training.side_by_side import (
     DDP,
     FSDP,
+    LORA,
     Row,
     assert_equal,
     assert_same_end,
@@ -27,7 +28,6 @@ from training.side_by_side import (
 )
 from training.tiny import settings
 
-LORA = {"method": "lora", "r": 4, "target_modules": ["q_proj", "up_proj"]}
 OFFLOAD = {**FSDP, "config": "fsdp-offload"}
 NF4 = {
     "load_in_4bit": True,

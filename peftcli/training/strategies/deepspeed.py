@@ -169,9 +169,8 @@ class DeepSpeed(Strategy):
                     found.setdefault(field, {})[name] = value.to(flat.device)
             exact = found.pop(state.FLOAT32, {})
             for field, values in found.items():
-                numbers = [
-                    value for value in values.values() if value.dim() == 0
-                ]  # how many steps: one for the partition
+                # Numbers say how many steps were done: the partition has one of them.
+                numbers = [value for value in values.values() if value.dim() == 0]
                 self.optimizer.state[flat][field] = max(numbers) if numbers else torch.zeros_like(flat)
             self._link_state()
             for name, value in exact.items():
