@@ -25,19 +25,13 @@ if TYPE_CHECKING:
 FILE, MODELFILE = "adapter.gguf", "Modelfile"
 
 ARCHITECTURES = {
-    **{"llama": "llama", "mistral": "llama"},
-    **{
-        "qwen2": "qwen2",
-        "qwen3": "qwen3",
-        "gemma": "gemma",
-        "gemma2": "gemma2",
-        "gemma3_text": "gemma3",
-        "phi3": "phi3",
-    },
+    **{"llama": "llama", "mistral": "llama", "smollm3": "smollm3", "granite": "granite"},
+    **{"qwen2": "qwen2", "qwen3": "qwen3", "olmo2": "olmo2", "phi3": "phi3"},
+    **{"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3"},
 }
-"""model_type and what llama.cpp calls it. Others have layouts of their own, which were not looked at."""
+"""model_type and what llama.cpp calls it; each was run in llama.cpp. Others have layouts that were not looked at."""
 
-PERMUTED = frozenset({"llama"})
+PERMUTED = frozenset({"llama", "smollm3", "granite"})
 """Architectures whose q and k are stored for llama.cpp's order of rotation."""
 
 DTYPES = ("float32", "float16")

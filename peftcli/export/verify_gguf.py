@@ -35,6 +35,9 @@ MODULES = {
 }
 """llama.cpp's names and transformers'; within a block both stand behind the block's number."""
 
+NEIGHBOURS = ("llama", "smollm3", "granite")
+"""Architectures in which llama.cpp rotates features 2 j and 2 j + 1 of a head together."""
+
 FUSED_UP = "mlp.gate_up_proj"
 """What `ffn_up` is in models that keep gate and up in one matrix (Phi-3)."""
 
@@ -69,7 +72,7 @@ def verify_gguf(file: Path, adapter: Path, base: Path, *, is_exact: bool) -> Upd
     reader = gguf.GGUFReader(file)
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     alpha = float(reader.fields["adapter.lora.alpha"].contents())
-    is_llama = reader.fields["general.architecture"].contents() == "llama"
+    rotates_neighbours = reader.fields["general.architecture"].contents() in NEIGHBOURS
     names = {_module(name, source): name for name in sorted({name.rpartition(".")[0] for name in tensors})}
     if names.keys() != source.paths.keys():
         odd = sorted(names.keys() ^ source.paths.keys())
@@ -79,7 +82,7 @@ def verify_gguf(file: Path, adapter: Path, base: Path, *, is_exact: bool) -> Upd
         a, b = (tensors[f"{name}.lora_{part}"].astype("f4") for part in "ab")
         rank = b.shape[1]
         found = (alpha / rank if alpha else 1.0) * (b @ (a.T if name == "token_embd.weight" else a))
-        if is_llama and name.endswith(("attn_q.weight", "attn_k.weight")):
+        if rotates_neighbours and name.endswith(("attn_q.weight", "attn_k.weight")):
             found = found[_rows(len(found), _heads(weights, name))]
         shares[module] = _share(found, _own(source, module))
     worst = max(shares, key=lambda module: (numpy.isnan(shares[module]), shares[module]))

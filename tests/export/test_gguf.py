@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from data.families import family
+from gguf_files import BASES, linear_modules
+from gguf_files import save_base as save_base_of
 from merging.lab import deltas, save_adapter, save_base
 
 from peftcli.errors import InputError, RunError
 from peftcli.export import gguf as writer
-from peftcli.export.gguf import export_gguf
+from peftcli.export.gguf import ARCHITECTURES, export_gguf
 from peftcli.export.modelfile import find_turns
 from peftcli.export.verify_gguf import verify_gguf
 from peftcli.merging.algebra import Rank
@@ -106,6 +108,20 @@ def test_verified(tmp_path: Path, method: str, fields: dict, dtype: str | None, 
     assert made.is_exact
     assert verdict.modules == made.modules
     assert verdict.difference < bound
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_architecture(tmp_path: Path, kind: str) -> None:
+    base = save_base_of(tmp_path / "base", kind)
+    save_adapter(tmp_path / "a", base, r=4, use_rslora=True, target_modules=linear_modules(kind))
+    made = export_gguf(tmp_path / "a", base, tmp_path / "g")
+    verdict = verify_gguf(tmp_path / "g/adapter.gguf", tmp_path / "a", base, is_exact=made.is_exact)
+    assert verdict.modules == made.modules >= len(linear_modules(kind))
+    assert verdict.difference < 1e-6
+
+
+def test_every_architecture_is_run_in_llama_cpp() -> None:
+    assert BASES.keys() == ARCHITECTURES.keys()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from merging.lab import load, load_base, save_adapter, save_base
+from gguf_files import BASES, linear_modules, save_base, write
+from merging.lab import load, load_base, save_adapter
 from training.tiny import VOCABULARY
 
 from peftcli.export.gguf import export_gguf
@@ -25,9 +26,10 @@ pytestmark = [
 ]
 
 TOLERANCE = 1e-4
-"""Of a logprob, all in float32; 1.5e-6 was seen."""
+"""Of a logprob, all in float32; 1.3e-5 was seen."""
+GELU_TOLERANCE = 1e-2
+"""Where llama.cpp looks GELU up in a table of 16-bit values: 3e-3 was seen, without an adapter, too."""
 IDS = list(range(3, 20))
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def in_llama_cpp(model: Path, adapter: Path | None) -> torch.Tensor:
@@ -48,23 +50,19 @@ def in_transformers(model: torch.nn.Module) -> torch.Tensor:
     return model(input_ids=torch.tensor([IDS])).logits[0, -1].log_softmax(-1)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"use_rslora": True, "target_modules": LINEAR},
-        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}, "target_modules": LINEAR},
-        {"target_modules": ["embed_tokens", "lm_head"]},
-    ],
-    ids=["rslora", "patterns", "embeddings"],
-)
-def test_llama_cpp_says_what_transformers_says(tmp_path: Path, fields: dict) -> None:
-    from training.test_model_gguf import write  # skips where the package gguf is missing
+CASES = [(kind, {"use_rslora": True}) for kind in BASES] + [
+    ("llama", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}}),
+]
 
-    base = save_base(tmp_path / "base", vocab_size=VOCABULARY, head_dim=4)
-    save_adapter(tmp_path / "a", base, r=4, lora_alpha=8, **fields)
+
+@pytest.mark.parametrize(("kind", "fields"), CASES, ids=[*BASES, "patterns"])
+def test_llama_cpp_says_what_transformers_says(tmp_path: Path, kind: str, fields: dict) -> None:
+    base = save_base(tmp_path / "base", kind)
+    save_adapter(tmp_path / "a", base, r=4, lora_alpha=8, target_modules=linear_modules(kind), **fields)
     export_gguf(tmp_path / "a", base, tmp_path / "g")
     bare, adapted = in_transformers(load_base(base)), in_transformers(load(base, tmp_path / "a"))
-    assert (bare - adapted).abs().max() > 1000 * TOLERANCE
+    assert (bare - adapted).abs().max() > 1
     model = write(tmp_path / "base.gguf", load_base(base))
-    torch.testing.assert_close(in_llama_cpp(model, None), bare, atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(in_llama_cpp(model, tmp_path / "g/adapter.gguf"), adapted, atol=TOLERANCE, rtol=0)
+    tolerance = GELU_TOLERANCE if kind.startswith("gemma") else TOLERANCE
+    torch.testing.assert_close(in_llama_cpp(model, None), bare, atol=tolerance, rtol=0)
+    torch.testing.assert_close(in_llama_cpp(model, tmp_path / "g/adapter.gguf"), adapted, atol=tolerance, rtol=0)

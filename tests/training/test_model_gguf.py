@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from gguf_files import tokens, write
 
 from peftcli.errors import InputError, RunError
 from peftcli.recipe.schema import ModelSection
@@ -19,59 +18,7 @@ from peftcli.training.model import load_base, load_tokenizer
 
 from .tiny import VOCABULARY, tiny_llama
 
-gguf = pytest.importorskip("gguf")
-
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
-CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-MERGED = "AB"
-TOKENS = [*CONTROL, *(chr(33 + index) for index in range(VOCABULARY - len(CONTROL) - 1)), MERGED]
-
-
-def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows as llama.cpp wants them for its way of rotating."""
-    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def write(path: Path, model: Any) -> Path:
-    """A llama model as a GGUF file in float32, with a byte-level tokenizer and a chat template."""
-    config, names = model.config, {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    parts = {
-        **{f"self_attn.{letter}_proj": f"attn_{letter}" for letter in "qkv"},
-        **{"self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
-        **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
-    }
-    for layer in range(config.num_hidden_layers):
-        names |= {f"model.layers.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in parts.items()}
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3] * len(CONTROL) + [1] * (len(TOKENS) - len(CONTROL)))
-    writer.add_token_merges([" ".join(MERGED)])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_chat_template(TEMPLATE)
-    for name, tensor in model.state_dict().items():
-        module, weight = name.removesuffix(".weight"), tensor.numpy()
-        if module.endswith(("q_proj", "k_proj")):
-            heads = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
-            weight = permuted(weight, heads)
-        writer.add_tensor(f"{names[module]}.weight", np.ascontiguousarray(weight))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+TOKENS = tokens(VOCABULARY)
 
 
 @pytest.fixture(autouse=True)
