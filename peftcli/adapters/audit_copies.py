@@ -49,7 +49,7 @@ def check_copies(
 
 def _entry(modules_to_save: list[str], site: str) -> str | None:
     """The entry of `modules_to_save` a module is, or lies within."""
-    return next((entry for entry in modules_to_save if f".{entry}." in f".{site}."), None)
+    return next((entry for entry in modules_to_save if f"{entry}." in f"{site}."), None)
 
 
 def _compare(key: Key, tensor: TensorInfo, base: BaseFacts | None, findings: Findings, folder: Path) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn  # noqa: TID253
 
 from peftcli.adapters.base import Adapter
 from peftcli.adapters.config import CONFIG_NAME, PeftConfig, read_strict_json
-from peftcli.adapters.engine import Attached, embeddings
+from peftcli.adapters.copies import is_bias_by_name
+from peftcli.adapters.engine import Attached, base_modules, embeddings
 from peftcli.adapters.fingerprint import FILE as FINGERPRINT
 from peftcli.adapters.fingerprint import write_fingerprint
 from peftcli.adapters.holding import Buffers
@@ -181,6 +182,7 @@ def load_state(
     """
     if (prompt := attached.prompt_of(name)) is not None:
         prompt.check_loadable(tensors, place)
+    _train_old_biases(attached, name, tensors)
     owned = owned_tensors(attached, name)
     banks = {f"base_model.{key}": bank for key, bank in attached.shared.items() if name in bank}
     targets = embedding_tensors(attached) | {key: bank[name] for key, bank in banks.items()} | owned
@@ -218,6 +220,23 @@ def load_state(
             targets[key].copy_(given[key])
         if prompt is not None:
             prompt.method.accept(prompt, given)
+
+
+def _train_old_biases(attached: Attached, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Train what a file of PEFT 0.13 with `bias="all"` holds because its name says bias, though it is none."""
+    if getattr(attached.configs[name], "bias", "none") != "all":
+        return
+    known = bias_tensors(attached, name)
+    attached.biases[name].add(
+        [
+            (module, parameter)
+            for path, module in base_modules(attached.root)
+            for parameter in module._parameters
+            if is_bias_by_name(path, parameter)
+            and (key := f"{attached.key_prefix}{path}.{parameter}") in tensors
+            and key not in known
+        ]
+    )
 
 
 def _lost_biases(attached: Attached, name: str, given: Mapping[str, Tensor], place: str | Path) -> set[str]:

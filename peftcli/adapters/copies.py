@@ -154,7 +154,17 @@ class TrainedBiases:
     def switch(self, on: bool) -> None:
         """Put the trained biases (True) or the base's (False) in place."""
         for (module, name), original, trained in zip(self.owners, self.originals, self.trained, strict=True):
-            module._parameters[name] = trained if on else original
+            if any(module._parameters[name] is known for known in (original, trained)):  # else it is merged
+                module._parameters[name] = trained if on else original
+
+    def add(self, owners: list[tuple[nn.Module, str]]) -> None:
+        """Train more biases, and switch them as the others are."""
+        more = TrainedBiases(owners)
+        for trained, (module, name) in zip(more.trained, owners, strict=True):
+            trained.requires_grad_(any(bias.requires_grad for bias in self.trained) or not self.trained)
+            module._parameters[name] = trained
+        self.owners, self.originals = self.owners + more.owners, self.originals + more.originals
+        self.trained = self.trained + more.trained
 
 
 def trained_bias_owners(
@@ -168,13 +178,12 @@ def trained_bias_owners(
         adapted: the modules an adapter sits on.
     """
     return [
-        (module, name)
-        for path, module in modules
-        for name, parameter in module._parameters.items()
-        if parameter is not None and _is_bias(path, name) and (mode == "all" or module in adapted)
+        (module, "bias")
+        for _, module in modules
+        if module._parameters.get("bias") is not None and (mode == "all" or module in adapted)
     ]
 
 
-def _is_bias(path: str, name: str) -> bool:
-    """`bias`, `in_proj_bias`, or a table that is one (T5's `relative_attention_bias.weight`)."""
+def is_bias_by_name(path: str, name: str) -> bool:
+    """What PEFT 0.13 takes for a bias too: `in_proj_bias`, or a table that is one (T5's `relative_attention_bias.weight`)."""
     return name.endswith("bias") or path.rpartition(".")[2].endswith("bias")

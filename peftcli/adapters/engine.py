@@ -139,6 +139,8 @@ class Attached:
 
     def enable(self, on: bool) -> None:
         """Switch all adapters on or off."""
+        if not on and self.biases and self.merged:
+            self.unmerge()  # a merged bias stands where the trained one is switched
         self.disabled = not on
         for _, layer in self.layers():
             layer.disable_adapters = not on
@@ -220,14 +222,14 @@ class Attached:
         """
         if merge:
             self._require_mergeable()
+        elif self.merged:
+            self.unmerge()
+        for name, biases in self.biases.items():  # before merging: a method may change the bias as well
+            biases.switch(merge and name in (names or self.active))
         for _, layer in list(self.layers()):
             if merge:
                 layer.merge(names, safe_merge=safe_merge)
                 layer.forget_originals()
-            elif layer.merged:
-                layer.unmerge()
-        for name, biases in self.biases.items():
-            biases.switch(merge and name in (names or self.active))
         for path, copied in list(self.copies()):
             copied.merge(names or self.active)
             _put(self.root, path, copied.final() if merge else copied.original)

@@ -165,11 +165,12 @@ def _settle_fan_in_fan_out(config: TunerConfig, site: Site) -> None:
 
 
 def _modules_to_save(model: nn.Module, config: TunerConfig | PromptLearningConfig) -> list[str]:
+    """The modules whose path ends with an entry, letter by letter as in PEFT: `classifier` means `pre_classifier` as well."""
     names = config.modules_to_save
     if not names:
         return []
-    paths = [path for path, _ in base_modules(model) if path and matches(list(names), path, field="modules_to_save")]
-    unmatched = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths)]
+    paths = [path for path, _ in base_modules(model) if path.endswith(tuple(names))]
+    unmatched = [name for name in names if not any(path.endswith(name) for path in paths)]
     # Task types add all heads there are; a model has one.
     if missing := [name for name in unmatched if name not in TASK_HEADS]:
         raise InputError(f"{missing} name no module of the model", field="modules_to_save")

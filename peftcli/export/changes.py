@@ -195,7 +195,7 @@ class Changes:
         problems = []
         trained = list(getattr(source.config, "modules_to_save", None) or [])
         for name, info in source.copies.items():
-            is_trained = any(f".{entry}." in f".{name}" for entry in trained)
+            is_trained = any(f"{entry}." in name for entry in trained)
             if self.tied is not None and name == HEAD:
                 if not is_trained or _same(source, info, self.tensors[self.tied].copy):
                     continue  # stored beside the adapter because tokens were added: still one with the embedding

@@ -76,7 +76,7 @@ def copy_fields(sources: Sequence[Source]) -> dict[str, Any]:
 def _is_bias(source: Source, name: str) -> bool:
     trained = getattr(source.config, "bias", "none") != "none"
     saved = getattr(source.config, "modules_to_save", None) or []
-    return trained and name.endswith("bias") and not any(f".{entry}." in f".{name}" for entry in saved)
+    return trained and name.endswith("bias") and not any(f"{entry}." in name for entry in saved)
 
 
 def _refusal(source: Source, name: str, problem: str, fix: str | None) -> InputError:

@@ -6,6 +6,7 @@ The update has W's own rank although B A has rank r; there is no scaling.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -44,6 +45,12 @@ class HiraConfig(TunerConfig):
     fan_in_fan_out: bool = False
     init_weights: bool | Literal["gaussian"] | None = True
     rank_pattern: dict[str, Rank] = field(default_factory=dict)
+
+    def follow_file(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """PEFT makes every module's tensors of rank r, whatever the pattern it writes asks for."""
+        ranks = {shape[0] for key, shape in shapes.items() if key.endswith((".hira_A", ".hira_embedding_A")) and shape}
+        if ranks == {self.r}:
+            self.rank_pattern = {}
 
 
 class Hira(DeltaAdapter):

@@ -62,7 +62,8 @@ class Lora(LowRankAdapter):
 
     @property
     def _keeps_start(self) -> bool:
-        return takes_start_from_base(self.config.init_lora_weights)
+        """Whether a part of the base is subtracted again. As in PEFT, embeddings start as they always do."""
+        return takes_start_from_base(self.config.init_lora_weights) and self.shape.kind != "embedding"
 
     def _start_specs(self) -> dict[str, TensorSpec]:
         """A0 and B0 [r, in], [out, r] as matrices, where the adapter starts from a part of the base."""
@@ -144,14 +145,15 @@ class Lora(LowRankAdapter):
 
     def stored(self, p: Tensors) -> dict[str, Tensor]:
         held = super().stored(p)
-        if self._keeps_start:
-            names = ("lora_embedding_A", "lora_embedding_B") if self.shape.kind == "embedding" else ("lora_A", "lora_B")
-            for key in held:
-                if key.startswith(names[0]):
-                    start = p.lora_A_start.reshape(held[key].shape)
-                    held[key] = torch.cat([held[key], start])
-                elif key.startswith(names[1]) and not key.endswith("bias"):
-                    held[key] = torch.cat([held[key], -p.lora_B_start.reshape(held[key].shape)], dim=1)
+        if not takes_start_from_base(self.config.init_lora_weights):
+            return held
+        for key, tensor in held.items():  # twice the rank (see `LoraConfig.stored`): with the start, or with nothing
+            if key.startswith(("lora_A", "lora_embedding_A")):
+                rest = p.lora_A_start if self._keeps_start else torch.zeros_like(tensor)
+                held[key] = torch.cat([tensor, rest.reshape(tensor.shape)])
+            elif key in ("lora_B.weight", "lora_embedding_B"):
+                rest = -p.lora_B_start if self._keeps_start else torch.zeros_like(tensor)
+                held[key] = torch.cat([tensor, rest.reshape(tensor.shape)], dim=1)
         return held
 
     def activation(self, p: Tensors, x: Tensor, site: Site) -> Tensor | None:
