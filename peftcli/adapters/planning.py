@@ -18,8 +18,8 @@ from peftcli.adapters.module_layer import ModuleSite
 from peftcli.adapters.prompt_base import PromptLearningConfig
 from peftcli.adapters.registry import adapter_class, adapter_class_of
 from peftcli.adapters.sites import LinearSite, ParameterSite, Site, TransposedSite, site_for
-from peftcli.adapters.targets import default_targets, matches, select, unmatched_targets
-from peftcli.errors import InputError
+from peftcli.adapters.targets import default_targets, matches, select, unmatched_patterns, unmatched_targets
+from peftcli.errors import InputError, printable
 
 TASK_HEADS = frozenset(head for heads in HEADS.values() for head in heads)
 
@@ -109,6 +109,8 @@ def _targets(model: nn.Module, config: TunerConfig, base: dict[str, nn.Module]) 
     chosen = select(config, base, linear=linear)
     for missing in unmatched_targets(config, chosen) if given is not None else ():
         warnings.warn(f"target_modules: `{missing}` matches no module of the model", stacklevel=5)
+    for field, key in unmatched_patterns(config, chosen):
+        warnings.warn(f"{field}: `{printable(key, 200)}` matches no module that is adapted", stacklevel=5)
     return chosen
 
 
@@ -172,6 +174,7 @@ def _modules_to_save(model: nn.Module, config: TunerConfig | PromptLearningConfi
     paths = [path for path, _ in base_modules(model) if path.endswith(tuple(names))]
     unmatched = [name for name in names if not any(path.endswith(name) for path in paths)]
     # Task types add all heads there are; a model has one.
-    if missing := [name for name in unmatched if name not in TASK_HEADS]:
+    heads = TASK_HEADS if config.task is None else HEADS.get(config.task, ())
+    if missing := [name for name in unmatched if name not in heads]:
         raise InputError(f"{missing} name no module of the model", field="modules_to_save")
     return paths

@@ -7,7 +7,7 @@ that nobody vouches for: see `expressions.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib.resources import files
 from itertools import pairwise
@@ -100,6 +100,15 @@ def unmatched_targets(config: TunerConfig, chosen: Iterable[str]) -> list[str]:
         return []
     endings = {".".join(parts[start:]) for parts in (name.split(".") for name in chosen) for start in range(len(parts))}
     return sorted(set(config.target_modules) - endings - {DUMMY_TARGET_MODULES})
+
+
+def unmatched_patterns(config: TunerConfig, chosen: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Field and key of every entry of `rank_pattern` and `alpha_pattern` that means no adapted module."""
+    names = list(chosen)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field, None) or {}:
+            if not any(pattern_value({key: True}, name, False, field=field) for name in names):
+                yield field, key
 
 
 def _within_layers(config: TunerConfig, chosen: list[str]) -> list[str]:

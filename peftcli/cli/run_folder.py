@@ -1,7 +1,8 @@
 """The run folder before the run: may it be used, what an earlier run left in it, and the recipe and data it gets.
 
-Those are made in a `.tmp-0-<pid>` folder inside and moved into place. `recipe.yaml`, which tells a run folder from any
-other, is there from then on and only ever replaced: a run killed at any moment leaves a folder that can be used again.
+Those are made in a `.tmp-0-<pid>` folder inside and moved into place. `recipe.yaml`, whose first line tells a run folder
+from any other, is there from then on and only ever replaced: a run killed at any moment leaves a folder that can be
+used again. A folder with a recipe and data of the user's own is none.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from peftcli.files import write_atomically
 from peftcli.training.checkpoints import disk_errors, is_temporary, remove
 
 RECIPE = "recipe.yaml"
+FIRST_LINE = "# The recipe of this run, resolved. Written by `peft train`."
 DATA = "data"
+AUDIT = "audit.json"
+"""Always in `data` (peftcli.data.prepare)."""
 SWEEP = "sweep"
 """The runs of a sweep of the recipe that names the folder, each with a folder of its own."""
 MACHINES = "machine-*"
@@ -48,9 +52,10 @@ def require_usable(folder: Path, *, overwrite: bool, resume: bool) -> None:
     others = (SWEEP, *(path.name for path in folder.glob(MACHINES)))
     if not folder.exists() or all(path.name in others or is_temporary(path) for path in folder.iterdir()):
         return
-    if not (folder / RECIPE).is_file():
+    if not _is_a_runs(folder):
+        whose = f"its {RECIPE} or {DATA} are someone's own" if (folder / RECIPE).is_file() else f"it has no {RECIPE}"
         raise InputError(
-            f"is not empty, and no run wrote it (it has no {RECIPE})",
+            f"is not empty, and no run wrote it ({whose})",
             place=folder,
             field="training.output_dir",
             fix="choose a new folder: --output-dir DIR",
@@ -63,6 +68,16 @@ def require_usable(folder: Path, *, overwrite: bool, resume: bool) -> None:
             field="training.output_dir",
             fix="--resume auto to continue it, --overwrite to replace it, or --output-dir DIR",
         )
+
+
+def _is_a_runs(folder: Path) -> bool:
+    """Whether a run wrote the recipe and the data that are there, so that they may be replaced."""
+    try:
+        with (folder / RECIPE).open("rb") as file:
+            written_by_run = file.readline(len(FIRST_LINE) + 2).strip() == FIRST_LINE.encode()
+    except OSError:
+        return False
+    return written_by_run and (not (folder / DATA).exists() or (folder / DATA / AUDIT).is_file())
 
 
 @contextmanager
@@ -92,7 +107,7 @@ def installed(temporary: Path, folder: Path, recipe: str, *, overwrite: bool) ->
 
     Args:
         temporary: what `prepared` gave.
-        recipe: text of `recipe.yaml`.
+        recipe: text of `recipe.yaml`, below its first line.
         overwrite: remove what an earlier run wrote. Otherwise its recipe and data come back if the block raises
             InputError, which refuses to continue it.
     """
@@ -102,7 +117,7 @@ def installed(temporary: Path, folder: Path, recipe: str, *, overwrite: bool) ->
     logs = set(folder.glob("rank-*.log"))
     if overwrite:
         clear(folder)
-    write_atomically(folder / RECIPE, recipe)
+    write_atomically(folder / RECIPE, f"{FIRST_LINE}\n{recipe}")
     _exchange(temporary / DATA, folder / DATA, aside)
     try:
         yield

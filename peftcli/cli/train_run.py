@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ class Setup:
         outline: of the model.
         prepared: the data.
         processes: how many there will be.
+        steps: optimizer steps of the run.
         launcher: the strategy's file, completed.
         memory: what each process will need.
         command: what starts the worker; None where it runs in this process.
@@ -73,6 +75,7 @@ class Setup:
     outline: Outline
     prepared: Prepared
     processes: int
+    steps: int
     launcher: dict[str, Any]
     memory: MemoryPlan | None
     command: launcher_command.Command | None
@@ -88,6 +91,7 @@ def rehearse(request: Request) -> None:
                     "recipe": request.recipe.model_dump(mode="json"),
                     "model": asdict(setup.outline),
                     "data": asdict(setup.prepared.report),
+                    "steps": setup.steps,
                     "memory": asdict(setup.memory) if setup.memory else None,
                     "command": asdict(setup.command) if setup.command else None,
                 }
@@ -198,7 +202,29 @@ def _set_up(request: Request, data_folder: Path) -> Setup:
         recipe = recipe.model_copy(update={"model": section})
         request, model = replace(request, recipe=recipe), outline(recipe)
     memory = plan_memory(recipe, prepared.train, prepared.eval, processes=processes)
-    return Setup(request, tokenizer, model, prepared, processes, launcher, memory, command)
+    steps = _steps(recipe, prepared, processes)
+    return Setup(request, tokenizer, model, prepared, processes, steps, launcher, memory, command)
+
+
+def _steps(recipe: Recipe, prepared: Prepared, processes: int) -> int:
+    """Optimizer steps of the run.
+
+    Raises:
+        InputError: the method's schedule does not fit into them (AdaLoRA's).
+    """
+    from peftcli.training.batches import row_length, training_windows
+
+    training, config, per_epoch = recipe.training, recipe.adapter.config, None
+    if training.max_steps < 0:
+        windows = training_windows(prepared.train, training, 0, world_size=processes, row_length=row_length(recipe))
+        per_epoch = len(windows)
+    steps = training.total_steps(per_epoch)
+    if config is not None:
+        try:
+            copy.deepcopy(config).begin_training(steps)
+        except InputError as error:
+            raise error.at(field=f"adapter.{error.field}") from None
+    return steps
 
 
 def _in_this_process(request: Request, folder: Path, resume: str | None) -> RunResult:

@@ -104,12 +104,20 @@ def _config(cls: type[PeftConfig] | None, given: dict[str, Any]) -> PeftConfig |
         try:
             config.validate()
             _check_targets(config)
+            _check_dropout(config)
             return config
         except InputErrors as error:
             problems = error.problems
         except InputError as error:
             problems = [error]
     raise _refused(VALUE, problems)
+
+
+def _check_dropout(config: PeftConfig) -> None:
+    """Refuse to drop everything: PEFT's configs allow it, but no gradient comes back through it."""
+    for name in settable(type(config)):
+        if name.endswith("dropout") and getattr(config, name) == 1:
+            raise InputError("1.0 drops everything, so that nothing is learnt", field=name, allowed="less than 1")
 
 
 def _check_targets(config: PeftConfig) -> None:

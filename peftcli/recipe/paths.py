@@ -48,7 +48,7 @@ def problems(recipe: Recipe) -> Iterator[tuple[Location, str, str | None]]:
     for name, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         for index, source in enumerate(sources if isinstance(sources, tuple) else ()):
             yield from (((("data", name, index, "path")), *found) for found in _data(source.path))
-    yield from _output(Path(recipe.training.output_dir))
+    yield from _output(Path(recipe.training.output_dir), Path(recipe.model.name_or_path))
     resume = recipe.training.resume_from_checkpoint
     if resume not in (None, "auto") and not os.path.isdir(resume):
         yield RESUME, f"{_shown(resume)} is not a folder", "`auto` takes the newest valid checkpoint of output_dir"
@@ -59,7 +59,7 @@ def problems(recipe: Recipe) -> Iterator[tuple[Location, str, str | None]]:
 
 def _refuse_input(node: Node) -> None:
     seen_from_recipe = node.origin.folder / str(node.value)
-    if seen_from_recipe.is_file():
+    if os.path.isfile(seen_from_recipe):  # False, not an error, for a name that is too long
         problem = f"{_shown(seen_from_recipe)} is a file: a run needs a folder"
         raise InputError(problem, place=node.place, field=dotted(OUTPUT), fix="output_dir starts in the current folder")
 
@@ -106,9 +106,13 @@ def _data(text: str) -> Iterator[tuple[str, str | None]]:
         yield f"{_shown(text)} is no data set by its name", "JSON Lines, JSON, CSV, Parquet or Arrow"
 
 
-def _output(path: Path) -> Iterator[tuple[Location, str, str | None]]:
-    if path == Path(path.anchor) or path in (Path.home(), Path.cwd()):
+def _output(path: Path, base: Path) -> Iterator[tuple[Location, str, str | None]]:
+    crowded = {place for used in (Path.home(), Path.cwd()) for place in (used, *used.parents)}
+    if path in crowded or path == base:
         yield OUTPUT, f"{_shown(path)} is no folder for a run", "give each run a folder of its own, e.g. out/run"
+    if not path.name.strip() or not str(path).isprintable() or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        yield OUTPUT, f"{printable(repr(str(path)), 80)} is no name for a folder", None
+        return
     for part in (path, *path.parents):
         if os.path.lexists(part):
             if not part.is_dir():

@@ -207,11 +207,12 @@ class LauncherSection(Section):
                 f"launcher.machine_rank is {self.machine_rank}, but launcher.num_machines is {machines}",
                 fix=f"machines are counted from 0 to {machines - 1}",
             )
-        if machines > 1 and self.type == "none":
-            raise contradiction(
-                f"launcher.type none starts one process, but launcher.num_machines is {machines}",
-                fix="set launcher.type to auto, accelerate, deepspeed or fsdp",
-            )
+        for name, number in (("num_machines", machines), ("num_processes", self.num_processes)):
+            if self.type == "none" and number not in (1, "auto"):
+                raise contradiction(
+                    f"launcher.type none starts one process, but launcher.{name} is {number}",
+                    fix="set launcher.type to auto, accelerate, deepspeed or fsdp",
+                )
         if self.num_processes != "auto" and self.num_processes % machines:
             raise contradiction(
                 f"launcher.num_processes is {self.num_processes}: as many on each of {machines} machines can't be had",

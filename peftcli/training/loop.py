@@ -109,9 +109,7 @@ class Trainer:
         self.stopped: str | None = None
         self._began, self._logged_at, self._logged_tokens = 0.0, 0.0, 0
         self.feed = feed(train_data, self._make_windows)
-        self.total_steps = settings.max_steps
-        if self.feed.steps_per_epoch is not None and settings.max_steps < 0:
-            self.total_steps = math.ceil(settings.num_train_epochs * self.feed.steps_per_epoch)
+        self.total_steps = settings.total_steps(self.feed.steps_per_epoch)
         self._prepare()
 
     def _make_windows(self, data: TokenDataset, order: int) -> list[Window]:

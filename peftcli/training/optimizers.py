@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn  # noqa: TID253
@@ -183,7 +182,7 @@ def build_scheduler(optimizer: Optimizer, settings: TrainingSection, steps: int)
         return get_scheduler(
             settings.lr_scheduler_type,
             optimizer,
-            num_warmup_steps=warmup_steps(settings, steps),
+            num_warmup_steps=settings.warmup_of(steps),
             num_training_steps=steps,
             scheduler_specific_kwargs=dict(settings.lr_scheduler_kwargs),
         )
@@ -192,8 +191,3 @@ def build_scheduler(optimizer: Optimizer, settings: TrainingSection, steps: int)
             f"the schedule {settings.lr_scheduler_type} refuses them: {error}",
             field="training.lr_scheduler_kwargs",
         ) from error
-
-
-def warmup_steps(settings: TrainingSection, steps: int) -> int:
-    """Steps in which the learning rate rises."""
-    return settings.warmup_steps or math.ceil(settings.warmup_ratio * steps)

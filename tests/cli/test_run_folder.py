@@ -23,11 +23,11 @@ def finished(tmp_path: Path) -> Path:
         "adapter_model.safetensors",
         "log.jsonl",
         "rank-1.log",
-        "data/x",
+        "data/audit.json",
         "checkpoint-3/y",
         "mine.txt",
     ):
-        (folder / name).write_text(name)
+        (folder / name).write_text(run_folder.FIRST_LINE if name == "recipe.yaml" else name)
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/z").write_text("z")
     (folder / "checkpoint-9").symlink_to(tmp_path / "precious")
@@ -36,6 +36,13 @@ def finished(tmp_path: Path) -> Path:
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def recipe(folder: Path) -> str:
+    """The recipe in a run folder, below its first line."""
+    first, _, text = (folder / "recipe.yaml").read_text().partition("\n")
+    assert first == run_folder.FIRST_LINE
+    return text
 
 
 def test_usable(finished: Path, tmp_path: Path) -> None:
@@ -49,7 +56,7 @@ def test_usable(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_trained_nothing_is_no_obstacle(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").touch()
+    (tmp_path / "recipe.yaml").write_text(run_folder.FIRST_LINE + "\nmodel:\n")
     run_folder.require_usable(tmp_path, overwrite=False, resume=False)
 
 
@@ -67,6 +74,15 @@ def test_what_a_killed_run_was_about_to_write_is_no_obstacle(tmp_path: Path) -> 
     (tmp_path / ".tmp-mine").mkdir()
     with pytest.raises(InputError, match="no run wrote it"):
         run_folder.require_usable(tmp_path, overwrite=True, resume=False)
+
+
+def test_a_recipe_and_data_of_the_users_own_make_no_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.jsonl").write_text("mine")
+    for text in ("model: {}", f"{run_folder.FIRST_LINE}\nmodel: {{}}"):  # the second copied from a run
+        (tmp_path / "recipe.yaml").write_text(text)
+        with pytest.raises(InputError, match="someone's own"):
+            run_folder.require_usable(tmp_path, overwrite=True, resume=False)
 
 
 @contextmanager
@@ -87,7 +103,7 @@ def test_overwriting_removes_what_a_run_writes_and_nothing_else(finished: Path, 
         ".tmp-4-1",
     }  # a temporary folder is swept once its process is dead
     assert names(finished / "data") == {"new"}
-    assert (finished / "recipe.yaml").read_text() == "another"
+    assert recipe(finished) == "another"
     assert (tmp_path / "precious/z").exists()
 
 
@@ -108,7 +124,7 @@ def test_a_disk_that_fails_is_named(tmp_path: Path) -> None:
 def test_a_refused_resume_changes_nothing(finished: Path) -> None:
     before = {path: path.read_text() for path in finished.rglob("*") if path.is_file()}
     with pytest.raises(InputError), installed(finished):
-        assert (finished / "recipe.yaml").read_text() == "another"
+        assert recipe(finished) == "another"
         raise InputError("the batch size has changed")
     assert {path: path.read_text() for path in finished.rglob("*") if path.is_file()} == before
 
@@ -116,7 +132,7 @@ def test_a_refused_resume_changes_nothing(finished: Path) -> None:
 def test_a_resume_that_fails_later_keeps_what_it_wrote(finished: Path) -> None:
     with pytest.raises(RunError), installed(finished):
         raise RunError("out of memory")
-    assert (finished / "recipe.yaml").read_text() == "another"
+    assert recipe(finished) == "another"
     assert names(finished / "data") == {"new"}
     assert not list(finished.glob(".tmp-0-*"))
 
@@ -126,5 +142,5 @@ def test_the_recipe_is_not_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").symlink_to(tmp_path / "victim")
     with installed(tmp_path, "theirs", overwrite=True):
         pass
-    assert (tmp_path / "victim").read_text() == "mine" and (tmp_path / "recipe.yaml").read_text() == "theirs"
+    assert (tmp_path / "victim").read_text() == "mine" and recipe(tmp_path) == "theirs"
     assert not (tmp_path / "recipe.yaml").is_symlink()

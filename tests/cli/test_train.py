@@ -20,7 +20,14 @@ def test_a_rehearsal_shows_everything_and_writes_nothing(place: Path, here: Here
     before = snapshot(place)
     shown, _ = here.peft("train", "recipe.yaml", "training.seed=3", "--dry-run")
     for part in (
-        *("override  training.seed=3", "14 modules", "12 samples", "one BOS", "2 x 1 accumulated x 1 process"),
+        *(
+            "override  training.seed=3",
+            "14 modules",
+            "12 samples",
+            "one BOS",
+            "2 x 1 accumulated x 1 process",
+            "4, 1 of them to warm up",
+        ),
         *("memory on cpu", "activations", "available", "first sample:"),
     ):
         assert part in shown
@@ -32,7 +39,7 @@ def test_a_rehearsal_shows_everything_and_writes_nothing(place: Path, here: Here
 def test_a_rehearsal_as_json(here: Here) -> None:
     facts = json.loads(here.peft("train", "recipe.yaml", "--dry-run", "--json")[0])
     assert facts["data"]["train"]["samples"] == 12 and facts["model"]["adapted"] == 14
-    assert facts["recipe"]["adapter"]["r"] == 4 and facts["memory"]["parts"]["adapter"] > 0
+    assert facts["steps"] == 4 and facts["recipe"]["adapter"]["r"] == 4 and facts["memory"]["parts"]["adapter"] > 0
 
 
 def test_a_refusal_leaves_nothing_behind(place: Path, here: Here) -> None:
@@ -72,6 +79,34 @@ def test_what_only_the_model_shows_to_be_wrong_is_told_with_its_line(place: Path
     recipe.write_text(recipe.read_text().replace("all-linear", "[nope]"))
     _, said = here.peft("train", "recipe.yaml", code=2)
     assert "recipe.yaml:3:47: adapter.target_modules" in said and "override" not in said
+
+
+def test_what_only_the_number_of_steps_shows_to_be_wrong(here: Here) -> None:
+    two_epochs = ("training.max_steps=-1", "training.num_train_epochs=2")
+    shown, _ = here.peft("train", "recipe.yaml", *two_epochs, "training.warmup_steps=12", "--dry-run")
+    assert "steps     12, 12 of them to warm up" in shown and "never reaches its peak" in shown
+    adalora = ("~adapter.r", "adapter.method=adalora", "adapter.tinit=5", "adapter.tfinal=5")
+    here.peft("train", "recipe.yaml", *two_epochs, *adalora, "--dry-run")
+    _, said = here.peft("train", "recipe.yaml", *adalora, "--dry-run", code=2)
+    assert "adapter.total_step" in said and "budgeting phase" in said
+
+
+def test_a_pattern_that_means_nothing_is_said(here: Here) -> None:
+    _, said = here.peft("train", "recipe.yaml", "adapter.rank_pattern={q_porj: 2}", "--dry-run")
+    assert "rank_pattern: `q_porj` matches no module that is adapted" in said
+
+
+def test_a_users_own_folder_is_not_taken_for_a_runs(place: Path, here: Here) -> None:
+    """The recipe's own folder, with data in `data`: a run there would replace both."""
+    (place / "own/data").mkdir(parents=True)
+    (place / "train.jsonl").rename(place / "own/data/train.jsonl")
+    text = (place / "recipe.yaml").read_text().replace("base}", "../base}").replace("train.jsonl", "data/train.jsonl")
+    (place / "own/recipe.yaml").write_text(text)
+    before = snapshot(place / "own")
+    for option in ((), ("--overwrite",), ("--resume", "auto")):
+        _, said = here.peft("train", "own/recipe.yaml", "--output-dir", "own", *option, code=2)
+        assert "someone's own" in said
+        assert snapshot(place / "own") == before
 
 
 def test_arguments_for_a_launcher_that_is_not_there(place: Path, here: Here) -> None:

@@ -122,6 +122,24 @@ BAD = {
         "recipe.yaml:1:1: training.early_stopping_patience",
         "data.eval",
     ),
+    "blank folder": (("out/run", "'  '"), "recipe.yaml:10:15: training.output_dir: ", "no name for a folder"),
+    "folder of two lines": (
+        ("out/run", '"out\\nrun"'),
+        "recipe.yaml:10:15: training.output_dir: ",
+        "no name for a folder",
+    ),
+    "folder with too long a name": (("out/run", "o" * 256), "recipe.yaml:10:15: training.output_dir: "),
+    "folder above the current one": (("out/run", ".."), "recipe.yaml:10:15: training.output_dir: ", "of its own"),
+    "folder of the base": (("out/run", "../base"), "recipe.yaml:10:15: training.output_dir: ", "of its own"),
+    "nothing but dropout": (
+        ("r: 4", "r: 4\n  lora_dropout: 1.0"),
+        "recipe.yaml:6:17: adapter.lora_dropout: 1.0 drops everything",
+        "less than 1",
+    ),
+    "processes without a launcher": (
+        ("out/run", "out/run\nlauncher: {type: none, num_processes: 2}"),
+        "recipe.yaml:11:11: launcher: launcher.type none starts one process",
+    ),
     "list as recipe": ((MINIMAL, "- a"), "recipe.yaml:1:1: holds a list", "model, adapter"),
 }
 
