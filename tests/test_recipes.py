@@ -59,6 +59,20 @@ def test_quickstart_holds_out_compositions_not_only_sentences() -> None:
     assert len(unseen) == len(test) // 2
 
 
+def test_the_nl2bash_twin_trains_and_is_evaluated_as_the_recipe_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny_llama(tmp_path / "base", positions=512)
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main(["train", str(PROJECT / "recipes/nl2bash.yaml"), "model.name_or_path=base", "training.max_steps=2"]) == 0
+    )
+    data = ["--data", str(DATA / "commands.jsonl"), "--metrics", "loss,exact_match,f1", "--max-new-tokens", "8"]
+    assert main(["eval", "out/nl2bash", *data, "--output", "results.json"]) == 0, capsys.readouterr().err
+    rows = {row["metric"]: row for row in json.loads((tmp_path / "results.json").read_text())["metrics"]}
+    assert set(rows) == {"loss", "exact_match", "f1"} and rows["loss"]["n"] == rows["f1"]["n"] == 8
+
+
 def test_lora_ddp_is_planned_for_eight_and_its_twin_trained_by_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

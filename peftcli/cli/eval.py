@@ -93,7 +93,7 @@ def command(
     """Compare a base model with its adapters, all in one run on the same samples.
 
     The base is loaded once; rows of several adapters share a batch where their
-    methods allow it. Each difference from the base is shown with its standard
+    methods allow it. A full fine-tuning (method: full) is loaded beside the base. Each difference from the base is shown with its standard
     error and p, how often chance alone would make one as large: by an exact sign
     test where answers are right or wrong, by a paired t test elsewhere.
 
@@ -131,6 +131,7 @@ def command(
     listed = metrics if metrics is not None or tasks is not None else default_metrics(panel.task)
     wanted, thresholds = _metrics(_names(listed), regex, fail_under or [])
     console.note(f"base {panel.base}")
+    _say_whole_models(panel)
     options = Options(data, format, generate, max_samples, max_new_tokens, batch_size, apply_chat_template)
     comparison, samples = _compare(panel, wanted, _names(tasks), options)
     results = {
@@ -153,6 +154,14 @@ def command(
     for sentence in missed:
         console.fail(sentence)
     return EXIT_FAILURE if missed else 0
+
+
+def _say_whole_models(panel: Panel) -> None:
+    """What needs memory beside the base, before anything is loaded."""
+    for column, subject in panel.subjects.items():
+        if subject.is_whole:
+            size = console.size(sum(file.stat().st_size for file in Path(subject.adapter).glob("*.safetensors")))
+            console.note(f"{column} was trained in full: in its turn {size} are in memory beside the base")
 
 
 def _names(listed: str | None) -> list[str]:

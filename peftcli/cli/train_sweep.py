@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from peftcli.cli import console
 from peftcli.errors import EXIT_FAILURE, InputError, InputErrors, RunError
-from peftcli.recipe.adapter_section import FULL
 from peftcli.sweep.grid import Grid, make_grid, parse_axis
 from peftcli.sweep.runs import DONE, FAILED, NEW, PARTIAL, Run, carry_out, find_runs, forget
 
@@ -169,7 +168,7 @@ def _show(runs: Sequence[Run], folder: Path, request: Request) -> None:
     console.table(("", *_short_fields(runs), metric, *HEADER), rows)
     if best is not None:
         console.facts("best", [("run", best.folder), (metric, f"{value_of(best, metric):.5g}")])
-    done = [str(one.folder) for one in runs if one.state == DONE and one.combination.recipe.adapter.method != FULL]
+    done = [str(one.folder) for one in runs if one.state == DONE]
     console.facts(
         "written",
         [

@@ -122,7 +122,7 @@ class TagEncoder(TaskEncoder):
 
 
 class SpanEncoder(TaskEncoder):
-    """QUESTION_ANS: the first and last token of the answer in `[CLS] question [SEP] context [SEP]`.
+    """QUESTION_ANS: the first and last token of each answer in `[CLS] question [SEP] context [SEP]`; the first is learnt.
 
     Without an answer both are token 0, as in SQuAD 2.
     """
@@ -132,23 +132,22 @@ class SpanEncoder(TaskEncoder):
         of, offsets = encoded.sequence_ids(0), encoded["offset_mapping"]
         if 1 not in of:
             raise InputError("holds no token", place=place, field="context")
-        target = (0, 0)
-        if example.answer is not None:
-            start, end = example.answer
+        spans = []
+        for start, end in example.answers:
             touched = [i for i, (a, b) in enumerate(offsets) if of[i] == 1 and a < end and b > start]
             if not touched:
                 raise InputError("stands for no token", place=place, field="answers")
-            target = touched[0], touched[-1]
+            spans.append((touched[0], touched[-1]))
         # Always noted, as the text is cut behind it; dropped at the end for models without segments.
-        return [TaskSample(*_given(encoded["input_ids"]), segment=of.index(1), targets=target)]
+        return [TaskSample(*_given(encoded["input_ids"]), segment=of.index(1), targets=_flat(spans))]
 
     def length(self, sample: TaskSample) -> int:
         return len(sample.ids)
 
     def pieces(self, sample: TaskSample, longest: int, split: bool) -> list[TaskSample]:
-        """Windows over the context, each half over the one before; where the answer is not inside, there is none.
+        """Windows over the context, each half over the one before; answers that are not inside are none there.
 
-        With `truncate` only the first, and nothing if it loses the answer.
+        With `truncate` only the first, and nothing if it loses the answers.
         """
         tail = len(sample.ids) - 1 - int(np.flatnonzero(~np.isin(sample.ids, list(self.special)))[-1])
         context = len(sample.ids) - tail - sample.segment
@@ -162,13 +161,11 @@ class SpanEncoder(TaskEncoder):
             kept = np.concatenate(
                 [np.arange(sample.segment), inside, np.arange(len(sample.ids) - tail, len(sample.ids))]
             )
-            first, last = sample.targets
-            has_answer = bool(first) and inside[0] <= first and last <= inside[-1]
-            if not has_answer and first and not split:
+            answers = [span for span in zip(sample.targets[::2], sample.targets[1::2], strict=True) if span[0]]
+            found = [(a - start, b - start) for a, b in answers if inside[0] <= a and b <= inside[-1]]
+            if answers and not found and not split:
                 return []
-            windows.append(
-                self._taken(sample, kept)._replace(targets=(first - start, last - start) if has_answer else (0, 0))
-            )
+            windows.append(self._taken(sample, kept)._replace(targets=_flat(found)))
         return windows
 
 
@@ -227,6 +224,11 @@ class PreferenceEncoder(TaskEncoder):
         (piece,) = super().pieces(sample, longest, split)
         both = piece.supervised[: piece.second].any() and piece.supervised[piece.second :].any()
         return [piece] if both else []
+
+
+def _flat(spans: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """First and last token of each span, one after another; without a span token 0 twice."""
+    return tuple(position for span in dict.fromkeys(spans or [(0, 0)]) for position in span)
 
 
 def _given(ids: Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:

@@ -39,11 +39,11 @@ class Tagged:
 
 @dataclass(frozen=True)
 class Question:
-    """A question, a text, and the characters [start, end) of the text that answer it; None: it has no answer."""
+    """A question, a text, and the characters [start, end) of it that are answers: each is right, the first one is learnt."""
 
     question: str
     context: str
-    answer: tuple[int, int] | None
+    answers: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def tokens(values: dict[str, Any], templated: bool) -> Tagged:
 def question(values: dict[str, Any], templated: bool) -> Question:
     """SQuAD's form: `answers` is {text: [...], answer_start: [...]}, or a list of {text, answer_start}.
 
-    The first answer is learnt; where it stands is checked against the context.
+    Where each answer stands is checked against the context; a question without any has no answer in it.
     """
     asked, context, answers = (
         _visible(values["question"], "question"),
@@ -87,9 +87,12 @@ def question(values: dict[str, Any], templated: bool) -> Question:
     texts, starts = (_as_list(answers[name]) for name in ("text", "answer_start"))
     if len(texts) != len(starts):
         raise InputError(f"has {len(texts)} texts and {len(starts)} starts", field="answers")
-    if not texts:
-        return Question(asked, context, None)
-    said, start = text(texts[0], "answers.text"), starts[0]
+    spans = (_span(context, text(said, "answers.text"), start) for said, start in zip(texts, starts, strict=True))
+    return Question(asked, context, tuple(dict.fromkeys(spans)))
+
+
+def _span(context: str, said: str, start: Any) -> tuple[int, int]:
+    """Characters [start, end) of an answer, which must stand there."""
     if type(start) is not int:
         raise InputError(f"must be a whole number, but is {printable(repr(start), 40)}", field="answers.answer_start")
     if start < 0 or not said or context[start : start + len(said)] != said:
@@ -98,7 +101,7 @@ def question(values: dict[str, Any], templated: bool) -> Question:
             f"the context holds {found!r} at character {start}, not the answer {printable(said, 80)!r}",
             field="answers.answer_start",
         )
-    return Question(asked, context, (start, start + len(said)))
+    return start, start + len(said)
 
 
 def pair(values: dict[str, Any], templated: bool) -> Pair:

@@ -66,8 +66,10 @@ class ChatTemplate:
         prompt = self.render(messages[:index], tools, place, prompt=True)
         if text.startswith(prompt):
             return Answer(text, len(prompt), prompted=True)
-        start = _shared(text, prompt)
         # The generation prompt may hold more than the beginning of every answer (`<think>`); the turns before may not.
+        # Where it begins like this very answer (`<div>`), others tell where answers begin.
+        others = (self.render([*messages[:index], {**messages[index], "content": one}], tools, place) for one in "ab")
+        start = min(_shared(one, prompt) for one in (text, *others))
         before = self.render(messages[:index], tools, place)
         if start < _shared(before, prompt):
             raise InputError(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+from peftcli.data.collate import IGNORED
 from peftcli.files import write_atomically
 from peftcli.lazy import numpy as np
 
@@ -24,7 +25,8 @@ class TaskSample(NamedTuple):
         supervised: [T] bool, the tokens that are learnt, where tokens are.
         second: index at which a second sequence begins (the target, the positive, the rejected answer); 0: there is none.
         segment: index at which BERT's second segment begins; 0: there is none.
-        targets: what the sample as a whole has to give: a class, or the first and last token of an answer.
+        targets: what the sample as a whole has to give: a class, or the first and last token of an answer and of further
+            ones that are right, too.
         tags: [T] int32, the class of each supervised token.
     """
 
@@ -50,8 +52,8 @@ class TokenDataset:
             at t = 0, which nothing predicts, so `supervised.sum()` is the exact number of labels.
         offsets: [samples + 1] int64, from 0 to the number of tokens.
         tasks: [samples] int64, the task each sample is of; None where there is only one.
-        second, segment: [samples] int64; targets: [samples, K] int64; tags: [tokens] int32; see `TaskSample`. None where
-            the task has none.
+        second, segment: [samples] int64; targets: [samples, K] int64, filled up with `IGNORED`; tags: [tokens] int32; see
+            `TaskSample`. None where the task has none.
     """
 
     def __init__(
@@ -79,7 +81,8 @@ class TokenDataset:
     def from_samples(cls, samples: Iterable[Sample | TaskSample]) -> TokenDataset:
         """Lay samples end to end, one after another: an iterator is never held in memory whole."""
         input_ids, supervised, offsets = array("i"), bytearray(), array("q", [0])
-        second, segment, targets, tags = array("q"), array("q"), array("q"), array("i")
+        second, segment, tags = array("q"), array("q"), array("i")
+        targets, widths = array("q"), array("q")
         for sample in samples:
             ids, mask = sample[:2]
             input_ids.frombytes(np.asarray(ids, np.int32).tobytes())
@@ -89,16 +92,16 @@ class TokenDataset:
                 second.append(sample.second)
                 segment.append(sample.segment)
                 targets.extend(sample.targets)
+                widths.append(len(sample.targets))
                 if sample.tags is not None:
                     tags.frombytes(np.asarray(sample.tags, np.int32).tobytes())
-        count = len(offsets) - 1
         return cls(
             np.frombuffer(input_ids, np.int32),
             np.frombuffer(supervised, np.bool_),
             np.frombuffer(offsets, np.int64),
             second=np.frombuffer(second, np.int64) if any(second) else None,
             segment=np.frombuffer(segment, np.int64) if any(segment) else None,
-            targets=np.frombuffer(targets, np.int64).reshape(count, -1) if targets else None,
+            targets=_table(np.frombuffer(targets, np.int64), np.frombuffer(widths, np.int64)) if targets else None,
             tags=np.frombuffer(tags, np.int32) if tags else None,
         )
 
@@ -158,3 +161,10 @@ class TokenDataset:
         from safetensors.numpy import load_file
 
         return cls(**load_file(path))
+
+
+def _table(values: NDArray[np.int64], widths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows laid end to end as a table [rows, widest], filled up with `IGNORED`."""
+    table = np.full((len(widths), int(widths.max())), IGNORED, np.int64)
+    table[np.arange(table.shape[1]) < widths[:, None]] = values
+    return table

@@ -1,8 +1,11 @@
-"""A base that is loaded once and takes its adapters on: all in one batch where they can be mixed, else one by one."""
+"""A base that is loaded once and takes its adapters on: all in one batch where they can be mixed, else one by one.
+
+A model that was trained in full stands beside the base while it has its turn.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,14 +49,15 @@ class Turn:
 
 @dataclass
 class Bench:
-    """A base with the adapters that are compared on it.
+    """A base with the adapters, and the models trained in full, that are compared with it.
 
     Args:
         base: a model without adapters; it is lent, and comes back as it was.
-        folders: of each adapter, by its column.
+        folders: of each adapter or model, by its column.
+        whole: what loads the models trained in full, by their columns.
 
     Attributes:
-        alone: why an adapter can't share batches with others, by its column. Known once the bench is made.
+        alone: what can't share batches with others, and why, by its column. Known once the bench is made.
 
     Raises:
         InputError: an adapter can't be loaded; before anything is computed.
@@ -61,12 +65,13 @@ class Bench:
 
     base: Any
     folders: Mapping[str, Path | str]
+    whole: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     alone: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.base.eval()
         for column in self.folders:
-            reason = self._why_alone(column)
+            reason = "it is a whole model" if column in self.whole else self._why_alone(column)
             if reason is not None:
                 self.alone[column] = reason
 
@@ -91,6 +96,11 @@ class Bench:
 
     def _each(self, columns: Iterable[str]) -> Iterator[Turn]:
         for column in columns:
+            if column in self.whole:
+                model = self.whole[column]()
+                yield Turn(model, (column,))
+                model.to("meta")  # its memory is free, whoever still holds it
+                continue
             model = PeftModel.from_pretrained(self.base, self.folders[column])
             yield Turn(model, (column,))
             model.attached.unload(merge=False)

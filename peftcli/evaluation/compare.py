@@ -145,7 +145,7 @@ def _require_metrics(metrics: Mapping[str, Metric], judge: Judge | None) -> None
 def _judged_items(judge: Judge, judged: dict[str, list[str]], metrics: Mapping[str, Metric]) -> list[Item]:
     items = []
     for index in range(len(judge.data)):
-        question, expected = judge.question(index), [judge.expected(index)]
+        question, expected = judge.question(index), judge.accepted(index)
         texts = {column: answers[index] for column, answers in judged.items()}
         scores = {column: _judged(text, expected, metrics) for column, text in texts.items()}
         items.append(Item(index, question, question, expected, texts, scores, {column: {} for column in texts}))

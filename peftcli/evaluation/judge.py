@@ -73,6 +73,10 @@ class Judge(ABC):
         """What is right."""
         return ""
 
+    def accepted(self, index: int) -> list[str]:
+        """Every answer that counts as right; the best of them is what a prediction is compared with."""
+        return [self.expected(index)]
+
     def answer(self, index: int, prediction: Any, batch: list[int]) -> str:
         """A prediction in words; `batch` are the samples it was made among."""
         return str(prediction)

@@ -68,7 +68,8 @@ class TagJudge(Judge):
 class SpanJudge(Judge):
     """QUESTION_ANS: the text of the likeliest span; none where it is the first token.
 
-    Answers are texts as the tokenizer writes their tokens.
+    Answers are texts as the tokenizer writes their tokens. Of several that are right the best counts, as in SQuAD; the loss
+    is the first one's.
     """
 
     note = FRESH_HEAD
@@ -79,12 +80,14 @@ class SpanJudge(Judge):
         start, end = span_logits(outputs, batch)
         loss = (_losses(start, targets[:, 0]) + _losses(end, targets[:, 1])) / 2
         first, last = best_span(start, end)
-        right = (first == targets[:, 0]) & (last == targets[:, 1])
+        right = ((first[:, None] == targets[:, ::2]) & (last[:, None] == targets[:, 1::2])).any(1)
         return _numbers(loss, torch.ones_like(first), right), torch.stack([first, last], 1).tolist()
 
-    def expected(self, index: int) -> str:
+    def accepted(self, index: int) -> list[str]:
         assert self.data.targets is not None
-        return self.answer(index, self.data.targets[index].tolist(), [])
+        targets = self.data.targets[index].tolist()
+        spans = [span for span in zip(targets[::2], targets[1::2], strict=True) if span[0] != IGNORED]
+        return list(dict.fromkeys(self.answer(index, span, []) for span in spans))
 
     def answer(self, index: int, prediction: Any, batch: list[int]) -> str:
         first, last = prediction

@@ -1,9 +1,10 @@
-"""The adapters that are compared in one run: they share a base, and the data."""
+"""The adapters, and models trained in full, that are compared in one run: they share a base, and the data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,12 @@ class Panel:
 
         torch.manual_seed(0)
         base = load_base(self.first.model, self.first.quantization)
-        return Bench(base, {column: subject.adapter for column, subject in self.subjects.items()})
+        whole = {
+            column: partial(load_base, subject.whole_model)
+            for column, subject in self.subjects.items()
+            if subject.is_whole
+        }
+        return Bench(base, {column: subject.adapter for column, subject in self.subjects.items()}, whole)
 
     def judge(self, data: TokenDataset, tokenizer: Any, batch_size: int) -> Judge | None:
         """What measures tasks other than a language model's; pairs are told apart in batches as in training."""

@@ -1,4 +1,4 @@
-"""What is to be evaluated: an adapter, the base it belongs to, and data in the form it was trained on."""
+"""What is to be evaluated: an adapter or a tuned model, the base it belongs to, and data in the form it was trained on."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ if TYPE_CHECKING:
     from peftcli.data.tokens import TokenDataset
 
 RECIPE_NAME = "recipe.yaml"
+MODEL_CONFIG = "config.json"
 TRAIN_DATA, EVAL_DATA = Path("data") / "train.safetensors", Path("data") / "eval.safetensors"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An adapter and how to run it.
+    """An adapter, or a model that was trained in full, and how to run it.
 
     Args:
-        adapter: its folder, or its id on the hub.
+        adapter: its folder, or an adapter's id on the hub.
         model: the base.
         quantization: of the base.
         run: the run folder it was trained in, if it is known.
@@ -45,6 +46,16 @@ class Subject:
     def task(self) -> str:
         """What it was trained to do: a key of `TASK_FORMATS`."""
         return "CAUSAL_LM" if self.recipe is None else task_of(self.recipe)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a model of its own, trained in full, rather than an adapter."""
+        return self.recipe is not None and self.recipe.adapter.method == FULL
+
+    @property
+    def whole_model(self) -> ModelSection:
+        """That model, to be loaded as the base is."""
+        return self.model.model_copy(update={"name_or_path": str(self.adapter), "revision": None})
 
     @property
     def bf16(self) -> bool:
@@ -136,7 +147,7 @@ def find_subject(path: str, base: str | None = None) -> Subject:
         base: the base to use instead of the one the recipe or the adapter names.
 
     Raises:
-        InputError: no adapter there, or no base named.
+        InputError: nothing trained there, or no base named.
     """
     given = Path(path)
     recipe: Recipe | None = None
@@ -150,12 +161,23 @@ def find_subject(path: str, base: str | None = None) -> Subject:
         adapter = given if given.exists() else path
     if run is not None and (run / RECIPE_NAME).is_file():  # what was trained, whatever became of the recipe since
         recipe = load_recipe(run / RECIPE_NAME, check_paths=False)
-    if recipe is not None and recipe.adapter.method == FULL:
-        raise InputError("was trained in full, so there is no adapter to switch off", place=adapter)
-    if isinstance(adapter, Path) and not (adapter / CONFIG_NAME).is_file():
-        fix = f"train it first: peft train {path}" if adapter != given else "name an adapter or run folder"
-        raise InputError(f"there is no adapter here: no {CONFIG_NAME}", place=adapter, fix=fix)
+    if isinstance(adapter, Path):
+        _require_trained(adapter, recipe, f"train it first: peft train {path}" if adapter != given else None)
     return Subject(adapter, _model(adapter, recipe, base), recipe.quantization if recipe else None, run, recipe)
+
+
+def _require_trained(folder: Path, recipe: Recipe | None, fix: str | None) -> None:
+    """Raises:
+    InputError: the folder holds no adapter; of a full fine-tuning, no model.
+    """
+    if recipe is not None and recipe.adapter.method == FULL:
+        what, mark = "model", MODEL_CONFIG
+        fix = fix or "name the run folder of a full fine-tuning that has finished: its checkpoints are for resuming"
+    else:
+        what, mark = "adapter", CONFIG_NAME
+        fix = fix or "name an adapter or run folder"
+    if not (folder / mark).is_file():
+        raise InputError(f"there is no {what} here: no {mark}", place=folder, fix=fix)
 
 
 def _model(adapter: Path | str, recipe: Recipe | None, base: str | None) -> ModelSection:

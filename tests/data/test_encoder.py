@@ -94,6 +94,12 @@ GOLDEN = [
         ONE,
         "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n«how are you?<|im_end|>»\n",
     ),
+    (  # also where their first characters are those of the thought's mark
+        "thinking",
+        "assistant",
+        turns("hello", "<the/>"),
+        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n«<the/><|im_end|>»\n",
+    ),
     ("plain", "assistant", turns("hello", "fine"), "user: hello\nassistant:« fine\n»"),
 ]
 

@@ -73,6 +73,44 @@ def test_a_question_without_an_answer_points_at_the_first_token() -> None:
     assert sample.targets == (0, 0)
 
 
+def test_every_answer_that_is_right_is_kept_and_those_a_window_cuts_off_are_none_there() -> None:
+    answers = {"text": ["blue dog", "the blue dog", "blue dog", "bird"], "answer_start": [21, 17, 21, 47]}
+    encoder, sample = encoded("QUESTION_ANS", "qa", {**QUESTION, "answers": answers})
+    spans = list(zip(sample.targets[::2], sample.targets[1::2], strict=True))
+    said = words(sample).split()
+    assert [said[a : b + 1] for a, b in spans] == [["blue", "dog"], ["the", "blue", "dog"], ["bird"]]
+    found = {words(one): one.targets for one in encoder.pieces(sample, 8, split=True)}
+    head = "[CLS] what runs [SEP] "
+    assert {text.removeprefix(head).removesuffix(" [SEP]"): targets for text, targets in found.items()} == {
+        "the red cat": (0, 0),
+        "red cat runs": (0, 0),
+        "cat runs the": (0, 0),
+        "runs the blue": (0, 0),
+        "the blue dog": (5, 6, 4, 6),
+        "blue dog sleeps": (4, 5),
+        "dog sleeps the": (0, 0),
+        "sleeps the green": (0, 0),
+        "the green bird": (6, 6),
+        "green bird eats": (5, 5),
+    }
+    dataset = TokenDataset.from_samples([sample, sample._replace(targets=(0, 0))])
+    assert dataset.targets.tolist() == [list(sample.targets), [0, 0, -100, -100, -100, -100]]
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ({"text": ["red", "blue"], "answer_start": [4, 22]}, "holds 'lue ' at character 22"),
+        ({"text": ["red", 4], "answer_start": [4, 21]}, "answers.text: must be a string, but is int"),
+        ({"text": ["red", ""], "answer_start": [4, 21]}, "not the answer ''"),
+        ({"text": ["red", "blue"], "answer_start": [4, True]}, "must be a whole number"),
+    ],
+)
+def test_every_answer_must_stand_where_it_is_said_to(answers: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        encoded("QUESTION_ANS", "qa", {**QUESTION, "answers": answers})
+
+
 @pytest.mark.parametrize("longest", range(6, 17))
 def test_windows_cover_the_context_and_keep_the_answer(longest: int) -> None:
     encoder, sample = encoded("QUESTION_ANS", "qa", QUESTION)

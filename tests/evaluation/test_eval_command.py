@@ -93,7 +93,12 @@ def test_what_is_no_adapter_is_refused(run: Path, tmp_path: Path, capsys) -> Non
     recipe = write_recipe(tmp_path / "mine.yaml", tmp_path / "untrained")
     full = write_recipe(tmp_path / "full.yaml", run, "full")
     write_recipe(run / "recipe.yaml", run, "full")
-    for given, message in ((tmp_path, "no adapter here"), (recipe, "train it first"), (full, "trained in full")):
+    for given, message in (
+        (tmp_path, "no adapter here"),
+        (recipe, "train it first"),
+        (full, "no model here: no config.json"),
+        (run / "checkpoint-5", "its checkpoints are for resuming"),
+    ):
         assert main(["eval", str(given)]) == 2
         assert message in capsys.readouterr().err
 

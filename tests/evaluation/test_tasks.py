@@ -40,6 +40,63 @@ def test_every_task_is_scored(name: str, tmp_path: Path, capsys: pytest.CaptureF
     assert len(found["items"]) == 6 and len(right) >= 3 and all(item["question"] for item in found["items"])
 
 
+def test_of_several_gold_answers_the_best_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SQuAD's rule, by hand: the model has learnt to answer with the colour alone."""
+    recipe = make_run("QUESTION_ANS", tmp_path, max_steps=80)
+    assert main(["train", str(recipe), "--no-audit"]) == 0, capsys.readouterr().err
+    questions = [
+        ("the cat is red the dog runs", ["cat is red", "red"]),  # exact by the second: 1 and 1
+        ("the dog is green the bird runs", ["the dog is green", "is green"]),  # not exact; F1 of "is green": 2/3
+        ("the bird is blue the cat runs", ["blue"]),  # 1 and 1
+        ("the cat is red the dog runs", []),  # it has none, and the model says `red`: 0 and 0
+    ]
+    rows = [
+        {
+            "question": "what is it",
+            "context": context,
+            "answers": [{"text": text, "answer_start": context.index(text)} for text in golds],
+        }
+        for context, golds in questions
+    ]
+    (tmp_path / "gold.json").write_text(json.dumps([row | {"id": number} for number, row in enumerate(rows)]))
+    for row in rows[3:]:
+        row["answers"] = {"text": [], "answer_start": []}
+    (tmp_path / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("gold.jsonl", "gold.json"):
+        output = tmp_path / "results.json"
+        assert main(["eval", str(recipe), "--data", str(tmp_path / name), "--output", str(output)]) == 0
+        found = json.loads(output.read_text())
+        assert [item["answers"]["tuned"] for item in found["items"]] == ["red", "green", "blue", "red"]
+        assert found["items"][1]["expected"] == ["the dog is green", "is green"]
+        values = {row["metric"]: row["adapters"]["tuned"]["value"] for row in found["metrics"]}
+        assert values["qa_em"] == pytest.approx(2 / 4) and values["qa_f1"] == pytest.approx((1 + 2 / 3 + 1 + 0) / 4)
+
+
+def test_a_full_fine_tuning_is_compared_with_its_base_and_with_adapters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its numbers are those of the run's own evaluation; the base's are the same beside it as beside an adapter."""
+    recipe = make_run("SEQ_CLS", tmp_path)
+    for name, method in (("full", "{method: full}"), ("lora", "{method: lora, r: 8}")):
+        arguments = [f"adapter={method}", "training.max_steps=20", "training.learning_rate=1e-2"]
+        assert main(["train", str(recipe), "--no-audit", *arguments, "--output-dir", str(tmp_path / name)]) == 0
+    rows = {}
+    for given in (["full"], ["lora", "full"]):
+        capsys.readouterr()
+        output = tmp_path / "results.json"
+        assert main(["eval", *(str(tmp_path / name) for name in given), "--output", str(output)]) == 0
+        shown = capsys.readouterr()
+        assert "was trained in full" in shown.err and "beside the base" in shown.err
+        rows[len(given)] = {row["metric"]: row for row in json.loads(output.read_text())["metrics"]}
+    trained = json.loads((tmp_path / "full/result.json").read_text())["metrics"]
+    for metric, theirs in (("loss", "eval_loss"), ("accuracy", "eval_accuracy")):
+        alone, both = rows[1][metric], rows[2][metric]
+        assert alone["adapters"]["tuned"]["value"] == pytest.approx(trained[theirs], rel=1e-4)
+        assert both["adapters"]["full"] == pytest.approx(alone["adapters"]["tuned"])
+        assert both["base"]["value"] == alone["base"]["value"] != alone["adapters"]["tuned"]["value"]
+        assert both["adapters"]["lora"]["value"] != both["base"]["value"]
+
+
 def test_two_classifiers_share_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Their heads are their own; the same numbers come from each alone, and from a file instead of the run's data."""
     recipe = make_run("SEQ_CLS", tmp_path)

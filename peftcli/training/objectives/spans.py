@@ -17,7 +17,7 @@ LONGEST_ANSWER = 64  # tokens
 class SpanLoss(Objective):
     """QUESTION_ANS: the mean of two cross entropies over positions, a sample.
 
-    Sums: loss, samples, exact ones, F1 of tokens.
+    Sums: loss, samples, exact ones, F1 of tokens; of several answers that are right the best counts, and the first is learnt.
     """
 
     def forward(self, batch: dict[str, Tensor], score: bool = False) -> Tensor:
@@ -29,11 +29,12 @@ class SpanLoss(Objective):
         if not score:
             return loss
         real = targets[:, 0] != IGNORED
-        targets, first, last = targets[real], *best_span(start[real], end[real])
-        exact = (first == targets[:, 0]) & (last == targets[:, 1])
-        shared = (torch.minimum(last, targets[:, 1]) - torch.maximum(first, targets[:, 0]) + 1).clamp(min=0)
-        lengths = (last - first + 1) + (targets[:, 1] - targets[:, 0] + 1)
-        return summed(loss, len(targets), exact.sum(), (2 * shared / lengths).sum())
+        firsts, lasts = targets[real, ::2], targets[real, 1::2]  # [B, answers]
+        first, last = (found.unsqueeze(1) for found in best_span(start[real], end[real]))
+        exact = ((first == firsts) & (last == lasts)).any(1)
+        shared = (torch.minimum(last, lasts) - torch.maximum(first, firsts) + 1).clamp(min=0)
+        lengths = (last - first + 1) + (lasts - firsts + 1)
+        return summed(loss, len(firsts), exact.sum(), (2 * shared / lengths).amax(1).sum())
 
     def metrics(self, sums: Sequence[float]) -> dict[str, float]:
         """By positions; `peft eval` compares texts, as SQuAD does."""
