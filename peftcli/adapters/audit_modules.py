@@ -6,11 +6,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from peftcli.adapters.audit_targets import check_parameters, check_replication, not_meant, unmet
-from peftcli.adapters.base import Adapter, SiteShape, TensorSpec
+from peftcli.adapters.base import Adapter, TensorSpec
 from peftcli.adapters.base_facts import BaseFacts
 from peftcli.adapters.config import TunerConfig
 from peftcli.adapters.findings import Findings
 from peftcli.adapters.fit import ANY, Fit, Fitter, Found, agrees, probes, shown
+from peftcli.adapters.fused_parameters import fused_parameter
 from peftcli.adapters.header import TensorFile, TensorInfo
 from peftcli.adapters.keys import PREFIX, Key, KeyReader, ascii_name, base_path, numbered_zero
 from peftcli.adapters.registry import adapter_class, adapter_class_of
@@ -104,7 +105,7 @@ def check_modules(part: Part, base: BaseFacts | None, findings: Findings, *, is_
     fitter = Fitter(cls, config)
     for path, found in part.modules.items():
         site = base_path(path)
-        fused = _fused_parameter(config, site, found)
+        fused = fused_parameter(config, path, part.modules)
         tied = cls.follows_ties and len(part.modules) > 1  # PEFT stores the tensors once more for a tied head
         cause = None if fused or tied else not_meant(config, site, base)
         if fused:
@@ -147,20 +148,6 @@ def _stores_once(config: TunerConfig) -> bool:
 def _renames_modules(config: TunerConfig) -> bool:
     """Whether modules of the adapted model are called otherwise than in the base's checkpoint."""
     return bool(getattr(config, "target_parameters", None) or getattr(config, "layer_replication", None))
-
-
-def _fused_parameter(config: TunerConfig, site: str, found: Found) -> SiteShape | None:
-    """The shape of a bare parameter, e.g. fused experts, if `target_parameters` names one of the module's.
-
-    The file tells how many matrices are fused: A is [experts * r, in], B [out, experts * r].
-    """
-    owners = {name.rpartition(".")[0] for name in getattr(config, "target_parameters", None) or []}
-    a, b = found.get("lora_A.weight"), found.get("lora_B.weight")
-    if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
-        return None
-    if not any(f".{site}".endswith(f".{owner}") for owner in owners):
-        return None
-    return SiteShape(site, "parameter", a.shape[1], b.shape[0], experts=max(1, a.shape[0] // getattr(config, "r", 1)))
 
 
 def _check_tensors(option: Fit, path: str, found: Found, findings: Findings) -> None:

@@ -123,12 +123,5 @@ def _embeddings(model: Any) -> str | None:
     here = isinstance(weight, torch.Tensor) and not weight.is_meta and not hasattr(weight, "full_tensor")
     if not here or weight.dim() != 2 or not weight.numel() or weight.dtype not in (torch.float32, torch.bfloat16):
         return None  # float16 has lost small values and rounds twice on the way to bfloat16
-    return embeddings_digest(weight)
-
-
-def embeddings_digest(rows: Any) -> str:
-    """sha256 of the first `ROWS` of an embedding [V, D], rounded to bfloat16."""
-    import torch
-
-    first = rows.detach()[:ROWS].to("cpu", torch.bfloat16).contiguous()
+    first = weight.detach()[:ROWS].to("cpu", torch.bfloat16).contiguous()
     return hashlib.sha256(first.view(torch.uint8).numpy().tobytes()).hexdigest()

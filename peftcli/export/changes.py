@@ -8,36 +8,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from peftcli.adapters.audit_modules import Part
 from peftcli.adapters.base import BaseWeight, CopyAdapter, LowRankAdapter, SiteShape
+from peftcli.adapters.base_facts import BaseFacts
 from peftcli.adapters.header import TensorInfo
 from peftcli.adapters.keys import base_path
+from peftcli.adapters.methods.lora import Lora
 from peftcli.adapters.registry import adapter_class
-from peftcli.errors import InputError, InputErrors
+from peftcli.errors import InputError, InputErrors, printable
+from peftcli.export.experts import Piece, pieces
 from peftcli.export.layers import common_replication, replicated_names
 from peftcli.export.quantized import Rounding
-from peftcli.lazy import torch
+from peftcli.export.sums import Product
+from peftcli.lazy import numpy, torch
 from peftcli.merging.base_weights import BaseWeights, stores_transposed, to_matrix, to_stored
-from peftcli.merging.source import Source
+from peftcli.merging.source import Source, is_plain_lora
+from peftcli.merging.tensors import read_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 HEAD = "lm_head.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-BLOCK = 1 << 17
-"""Elements of a weight that are in float32 at once where an update is added: they fit into the cache."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One adapter at one module."""
+    """One adapter at one module, or at the piece of a fused parameter that one tensor holds."""
 
     source: Source
     part: Part
     path: str
+    piece: Piece | None = None
 
     @property
     def shape(self) -> SiteShape:
@@ -65,12 +70,24 @@ class Step:
         """Whether all it does to the weight is to add B A."""
         cls = type(self.part.fits[self.path].adapter)
         plain = issubclass(cls, LowRankAdapter) and cls.delta is LowRankAdapter.delta
-        return plain and cls.merged_weight is LowRankAdapter.merged_weight and not self.source.starts_from_quantized
+        unchanged = cls.merged_weight is LowRankAdapter.merged_weight and not self.source.starts_from_quantized
+        return self.piece is not None or (plain and unchanged)
 
-    def factors(self, weight: BaseWeight) -> tuple[Tensor, Tensor]:
-        """A and B, float32, of an update that is their product."""
-        adapter, p = self._open(weight)
-        return adapter.factors(p)
+    def product(self, facts: BaseFacts) -> Product:
+        """B A, of an update that is nothing else, as the checkpoint stores it."""
+        shape = self.shape
+        if self.piece is not None:
+            a, b = self.source.experts(shape.name)
+            chosen = slice(None) if self.piece.expert is None else self.piece.expert
+            return Product.of(a[chosen], b[chosen, ..., slice(*self.piece.rows), :], transposed=self.piece.transposed)
+        adapter = self.source.adapter(shape.name)
+        if is_plain_lora(adapter):
+            pair = self.source.pair(shape.name, cast(Lora, adapter))
+            a, b = pair.a, pair.b * numpy.float32(adapter.scaling)
+        else:
+            opened, p = self._open(lambda: self.source.base_weight(shape))
+            a, b = (factor.numpy() for factor in opened.factors(p))
+        return Product.of(a, b, transposed=stores_transposed(shape, facts))
 
     def _open(self, weight: BaseWeight) -> tuple[Any, Any]:
         fit = self.part.fits[self.path]
@@ -141,37 +158,36 @@ class Changes:
         if problems:
             raise problems[0] if len(problems) == 1 else InputErrors(problems)
 
+    def stored(self, change: Change) -> tuple[Path, TensorInfo]:
+        """The file and tensor that a tensor of the result starts from."""
+        if change.copy is not None:
+            source, info = change.copy
+            return source.audit.file.path, info
+        assert change.origin is not None
+        return self.base.files[change.origin.name], change.origin
+
+    def products(self, change: Change) -> list[Product] | None:
+        """What is added to the stored tensor; None where it becomes the result in another way."""
+        if change.is_bias or change.is_rounded or not all(step.is_product for step in change.steps):
+            return None
+        return [step.product(self.base.facts) for step in change.steps]
+
     def value(self, change: Change) -> Tensor:
-        """The tensor as it is written, still in the dtype of what it comes from."""
-        stored = self._start(change)
+        """The tensor as it is written: in float32 where adapters changed it, else as it is stored."""
+        stored = read_tensor(*self.stored(change))
+        if change.is_rounded and self.rounding is not None and change.copy is None:
+            stored = self.rounding.rounded(stored)
         if not change.steps:
             return stored
-        if change.is_bias:
-            bias = stored.float()
-            for step in change.steps:
-                bias = step.applied_to_bias(bias)
-            return bias.to(stored.dtype)
-        return self._weight(change, stored)
-
-    def _start(self, change: Change) -> Tensor:
-        if change.copy is not None:
-            return change.copy[0].read(change.copy[1])
-        assert change.origin is not None
-        stored = self.base.read(change.origin)
-        return self.rounding.rounded(stored) if self.rounding and change.is_rounded else stored
-
-    def _weight(self, change: Change, stored: Tensor) -> Tensor:
-        shape, facts = change.steps[0].shape, self.base.facts
-        upright = stored.dim() == 2 and not stores_transposed(shape, facts)
-        if upright and all(step.is_product for step in change.steps):
-            _add_products(stored, [step.factors(lambda: stored.float()) for step in change.steps])
-            return stored
-        value = stored.float()
+        value, facts = stored.float(), self.base.facts
         with torch.no_grad():
             for step in change.steps:  # an embedding and a head that was one with it see the tensor differently
-                matrix = step.applied(to_matrix(value, step.shape, facts))
-                value = to_stored(matrix, value.shape, step.shape, facts)
-        return value.to(stored.dtype)
+                if change.is_bias:
+                    value = step.applied_to_bias(value)
+                else:
+                    matrix = step.applied(to_matrix(value, step.shape, facts))
+                    value = to_stored(matrix, value.shape, step.shape, facts)
+        return value
 
     # -- planning -------------------------------------------------------------------------------------------------
 
@@ -219,6 +235,8 @@ class Changes:
                     problems.append(InputError(problem, place=source.folder))
                 elif isinstance(fit.adapter, CopyAdapter):
                     self._add_module_copy(source, part, path)
+                elif fit.shape.kind == "parameter":
+                    problems += self._add_experts(source, part, path)
                 else:
                     problems += self._add_step(Step(source, part, path))
         if source.part is None:
@@ -227,8 +245,6 @@ class Changes:
 
     def _problem(self, source: Source, part: Part, path: str) -> str | None:
         adapter = part.fits[path].adapter
-        if adapter.shape.kind == "parameter":
-            return f"{base_path(path)}: a fused parameter can't be merged file by file"
         if self.replication and adapter.mergeable:
             return None  # each layer is written out, so nothing is shared
         problem = type(adapter)(adapter.config, part.fits[path].shape).merge_problem()
@@ -239,6 +255,20 @@ class Changes:
             target = f"{base_path(path)}.{name.rpartition('.')[2]}"
             target = self._name(target) or target
             self.tensors.setdefault(target, Change(target, None)).copy = (source, info)
+
+    def _add_experts(self, source: Source, part: Part, path: str) -> list[InputError]:
+        shape = part.fits[path].shape
+        found = pieces(shape, self.base.facts.model_type, self._find)
+        for piece in found:
+            self.tensors[piece.name].steps.append(Step(source, part, path, piece))
+        if found:
+            return []
+        sizes = f"{shape.experts} x {shape.out_features} x {shape.in_features}"
+        return [InputError(f"the base has no parameter {printable(shape.name)} of {sizes}", place=source.folder)]
+
+    def _find(self, name: str) -> tuple[str, tuple[int, ...]] | None:
+        stored = self._name(name)
+        return None if stored is None else (stored, self.tensors[stored].shape)
 
     def _add_step(self, step: Step) -> list[InputError]:
         module = step.shape.name
@@ -273,20 +303,6 @@ class Changes:
             following = [step for step in embedding.steps if step.follows_ties]
             self.tensors[HEAD] = Change(HEAD, embedding.origin, embedding.copy, following)
         return self.tensors[HEAD]
-
-
-def _add_products(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """weight += sum of B A in place, a block of rows at a time in float32.
-
-    Blocks may round a value otherwise than one product of the whole would: seen with PEFT's result for 1 of 1.36e9, in bf16.
-    """
-    rows = max(1, BLOCK // weight.shape[1])
-    with torch.no_grad():
-        for start in range(0, weight.shape[0], rows):
-            block = weight[start : start + rows].float()
-            for a, b in factors:
-                block += b[start : start + rows] @ a
-            weight[start : start + rows] = block
 
 
 def _same(source: Source, info: TensorInfo, other: tuple[Source, TensorInfo] | None) -> bool:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.errors import InputError, InputErrors
-from peftcli.export.lora import Exported, padded, plain_factors
+from peftcli.export.lora import Exported, plain_factors
 from peftcli.export.modelfile import modelfile
 from peftcli.lazy import numpy
-from peftcli.merging.algebra import LowRank, Rank
+from peftcli.merging.algebra import LowRank, Rank, padded
 from peftcli.merging.base_weights import BaseWeights
 from peftcli.merging.output import new_folder, require_free
 from peftcli.merging.source import Source

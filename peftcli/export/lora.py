@@ -15,10 +15,10 @@ from peftcli.adapters.keys import PREFIX
 from peftcli.errors import InputError, InputErrors, printable
 from peftcli.export.merged import KINDS, TOKENIZER_FILES
 from peftcli.lazy import numpy, torch
-from peftcli.merging.algebra import LowRank, Rank, compress
+from peftcli.merging.algebra import Compressed, LowRank, Rank, compress
 from peftcli.merging.base_weights import BaseWeights
 from peftcli.merging.copies import copy_fields
-from peftcli.merging.lora_file import lora_config, lora_tensors, write_config
+from peftcli.merging.lora_file import lora_config, module_tensors, write_config
 from peftcli.merging.output import new_folder, require_free
 from peftcli.merging.report import base_label, front_matter
 from peftcli.merging.source import Source
@@ -93,16 +93,17 @@ def export_lora(
     if dtype is not None and dtype not in KINDS:
         raise InputError(f"{dtype!r} is no dtype to write", field="--dtype", allowed=", ".join(KINDS))
     source = Source(adapter, BaseWeights(base) if base else None)
-    factors, energy, is_exact = plain_factors(source, rank) if portable else _factors(source, rank)
-    ranks = {module: pair.rank for module, pair in factors.items()}
+    _refuse(source, portable=portable)
+    factors, energy, is_exact = _factors(source, rank)
+    ranks = {module: max(pair.rank for pair in pairs) for module, pairs in factors.items()}
     if portable:
         ranks = dict.fromkeys(ranks, max(ranks.values()))
-    size = 8 * sum(pair.a.size + pair.b.size for pair in factors.values())
+    size = 8 * sum(pair.a.size + pair.b.size for pairs in factors.values() for pair in pairs)
     with new_folder(output, inputs=inputs, overwrite=overwrite, size=size) as folder:
         with TensorWriter(folder / WEIGHTS_NAME) as writer:
-            for module, pair in factors.items():
+            for module, pairs in factors.items():
                 shape = source.adapter(module).shape
-                for key, tensor in lora_tensors(shape, padded(pair, ranks[module])).items():
+                for key, tensor in module_tensors(shape, pairs, ranks[module], factors).items():
                     writer.add(key, tensor if dtype is None else torch.from_numpy(tensor).to(getattr(torch, dtype)))
             for name, info in sorted(source.copies.items()):
                 writer.add(PREFIX + name, source.read(info))
@@ -113,35 +114,28 @@ def export_lora(
     return Exported(len(factors), (min(ranks.values()), max(ranks.values())), energy, is_exact)
 
 
-def padded(factors: LowRank, rank: int) -> LowRank:
-    """The same product with rows and columns of zeros."""
-    missing = rank - factors.rank
-    a, b = numpy.pad(factors.a, ((0, missing), (0, 0))), numpy.pad(factors.b, ((0, 0), (0, missing)))
-    return LowRank(a, b)
-
-
 def plain_factors(source: Source, rank: Rank | None) -> tuple[dict[str, LowRank], float, bool]:
-    """`_factors` of an adapter that is nothing but an update, as other programs than PEFT want it."""
+    """`_factors` of an adapter that is nothing but updates of matrices, as other programs than PEFT want it."""
     _refuse(source, portable=True)
-    return _factors(source, rank)
+    factors, energy, is_exact = _factors(source, rank)
+    return {module: pairs[0] for module, pairs in factors.items()}, energy, is_exact
 
 
-def _factors(source: Source, rank: Rank | None) -> tuple[dict[str, LowRank], float, bool]:
-    """The update of each module as a product, the share of the squared norm they hold, and whether that is all of it."""
-    _refuse(source, portable=False)
-    factors: dict[str, LowRank] = {}
+def _factors(source: Source, rank: Rank | None) -> tuple[dict[str, list[LowRank]], float, bool]:
+    """Each module's update as a product (of fused experts one each), the share of the squared norm they hold, and whether
+    that is all of it."""
+    factors: dict[str, list[LowRank]] = {}
     kept = total = 0.0
     generator = numpy.random.default_rng(0)
     for module in source.paths:
-        update = source.update(module)
-        if isinstance(update, LowRank) and rank is None:
-            factors[module] = update
-            square = update.norm() ** 2
-            kept, total = kept + square, total + square
-            continue
-        made = compress(update, rank or Rank(number=update.rank), generator)
-        factors[module] = made.factors
-        kept, total = kept + made.energy * made.norm**2, total + made.norm**2
+        factors[module] = []
+        for update in source.updates(module):
+            if isinstance(update, LowRank) and rank is None:
+                made = Compressed(update, 1.0, update.norm())
+            else:
+                made = compress(update, rank or Rank(number=update.rank), generator)
+            factors[module].append(made.factors)
+            kept, total = kept + made.energy * made.norm**2, total + made.norm**2
     if not factors:
         raise InputError("adapts no module", place=source.folder)
     energy = kept / total if total > 0 else 1.0
@@ -162,6 +156,11 @@ def _refuse(source: Source, *, portable: bool) -> None:
         problems += [f"{printable(name)} is trained in full" for name in source.copies]
         if getattr(source.config, "layer_replication", None):
             problems.append("layer_replication: no other program knows it")
+        problems += [
+            f"{printable(module)} is a parameter of fused experts, which few programs read"
+            for module in source.paths
+            if source.adapter(module).shape.kind == "parameter"
+        ]
     fix = "merge it into the base: peft export --to merged"
     if problems:
         raise InputErrors(InputError(problem, place=source.folder, fix=fix) for problem in problems)

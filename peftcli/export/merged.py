@@ -1,20 +1,19 @@
 """`--to merged`: base + adapters as a Hugging Face model folder, tensor by tensor.
 
-What no adapter touches is copied inside the kernel, byte for byte; a tensor that changes is read, changed and written
-before the next one is looked at. So a model of any size needs the memory of its largest tensor.
+What no adapter touches is copied inside the kernel, byte for byte; products (LoRA) are added to what is stored a block of
+rows at a time; any other tensor that changes is read, changed and written before the next one is looked at. So a model of
+any size needs the memory of its largest tensor at most.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from peftcli.adapters.header import BITS
 from peftcli.adapters.values import FLOATS
@@ -22,14 +21,13 @@ from peftcli.errors import InputError
 from peftcli.export.changes import Change, Changes
 from peftcli.export.layers import replicated_config
 from peftcli.export.quantized import choose_rounding
+from peftcli.export.sums import wider, write_all, write_sum
 from peftcli.lazy import torch
 from peftcli.merging.base_weights import BaseWeights
+from peftcli.merging.floats import STORED
 from peftcli.merging.output import new_folder, require_free
 from peftcli.merging.source import Source
-from peftcli.merging.tensors import DTYPES, copy_range, dtype_code, header_bytes, tensor_bytes
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from peftcli.merging.tensors import DTYPES, copy_range, header_bytes, tensor_bytes
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = re.compile(
@@ -165,27 +163,22 @@ def _write_file(path: Path, group: Sequence[Change], changes: Changes, wanted: s
                 with changes.base.files[origin.name].open("rb") as source:
                     copy_range(source.fileno(), origin.start, file.fileno(), origin.stop - origin.start)
             else:
-                _write_tensor(file.fileno(), change, changes, entries[change.name])
+                _write_tensor(file.fileno(), change, changes, entries[change.name][0])
         os.fsync(file.fileno())
 
 
-def _write_tensor(target: int, change: Change, changes: Changes, entry: tuple[str, tuple[int, ...], int]) -> None:
-    tensor = changes.value(change).to(getattr(torch, DTYPES[entry[0]]))
-    if not _is_finite(tensor):
-        raise InputError(
-            f"{change.name} would hold NaN or infinity", fix="--dtype float32" if entry[0] == "F16" else None
-        )
-    assert dtype_code(tensor.dtype) == entry[0] and tuple(tensor.shape) == entry[1]
-    raw = tensor_bytes(tensor)
-    while raw:
-        raw = raw[os.write(target, raw) :]
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all values are numbers. What is not shows in the sum, which is quick; only that may also overflow."""
-    if not tensor.is_floating_point() or math.isfinite(float(tensor.sum(dtype=torch.float32))):
-        return True
-    return bool(torch.isfinite(tensor).all())
+def _write_tensor(target: int, change: Change, changes: Changes, dtype: str) -> None:
+    stored, products = changes.stored(change), None
+    if {stored[1].dtype, dtype} <= STORED.keys():
+        products = changes.products(change)
+    if products is not None:
+        write_sum(*stored, target, products, dtype)
+        return
+    value = changes.value(change).to(getattr(torch, DTYPES[dtype]))
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        raise InputError(f"{change.name} would hold NaN or infinity", fix=wider(dtype))
+    assert tuple(value.shape) == change.shape
+    write_all(target, tensor_bytes(value))
 
 
 def _write_index(folder: Path, files: dict[str, list[Change]], size: int) -> None:

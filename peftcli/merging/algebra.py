@@ -171,6 +171,13 @@ def stack(updates: Sequence[LowRank]) -> LowRank:
     return LowRank(a, numpy.concatenate([update.b for update in updates], axis=1))
 
 
+def padded(factors: LowRank, rank: int) -> LowRank:
+    """The same product with rows and columns of zeros."""
+    missing = rank - factors.rank
+    a, b = numpy.pad(factors.a, ((0, missing), (0, 0))), numpy.pad(factors.b, ((0, 0), (0, missing)))
+    return LowRank(a, b)
+
+
 def inner_products(updates: Sequence[Update], stacked: LowRank | None) -> NDArray[Any]:
     """Frobenius inner products of all pairs, float64 [n, n].
 

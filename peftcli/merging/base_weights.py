@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.adapters.base import SiteShape
 from peftcli.adapters.base_facts import STORED_TRANSPOSED, BaseFacts, read_base, weight_files
-from peftcli.adapters.fingerprint import ROWS, config_facts, embeddings_digest
+from peftcli.adapters.fingerprint import ROWS, config_facts
 from peftcli.adapters.header import TensorInfo, read_header
+from peftcli.adapters.values import FLOATS, read_array
 from peftcli.errors import InputError
+from peftcli.files import open_regular
+from peftcli.merging.floats import rounded
 from peftcli.merging.tensors import read_tensor
 
 if TYPE_CHECKING:
@@ -42,14 +47,16 @@ class BaseWeights:
 
     def fingerprint(self) -> dict[str, Any]:
         """What the files tell of which base this is; see `adapters/fingerprint.py`."""
-        from safetensors import safe_open
-
         config = {**self.facts.language_config, "model_type": self.facts.config.get("model_type")}
         told: dict[str, Any] = {"config": config_facts(config)}
         tables = [name for name in self.files if f".{name}".endswith(TABLES)]
-        if len(tables) == 1:
-            with safe_open(self.files[tables[0]], framework="pt") as file:
-                told["embeddings"] = embeddings_digest(file.get_slice(tables[0])[:ROWS])
+        table = self.facts.tensors[tables[0]] if len(tables) == 1 else None
+        if table is not None and table.dtype in FLOATS and len(table.shape) == 2 and table.numel:
+            vocabulary, size = table.shape
+            count = min(ROWS, vocabulary)
+            first = replace(table, shape=(count, size), stop=table.start + table.nbytes // vocabulary * count)
+            with open_regular(self.files[table.name]) as file:
+                told["embeddings"] = hashlib.sha256(rounded(read_array(file, first), "BF16").tobytes()).hexdigest()
         return told
 
     def find(self, name: str) -> TensorInfo | None:

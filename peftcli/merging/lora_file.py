@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.adapters.base import SiteShape
 from peftcli.adapters.config import CONFIG_NAME, PeftConfig, TunerConfig
+from peftcli.adapters.fused_parameters import file_path
 from peftcli.adapters.keys import PREFIX
 from peftcli.adapters.methods.lora import LoraConfig
 from peftcli.adapters.targets import DUMMY_TARGET_MODULES
-from peftcli.merging.algebra import LowRank
+from peftcli.lazy import numpy
+from peftcli.merging.algebra import LowRank, padded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+def module_tensors(
+    shape: SiteShape, factors: Sequence[LowRank], rank: int, modules: Iterable[str]
+) -> dict[str, NDArray[Any]]:
+    """The tensors of one module by their key in the file, float32; the scaling is 1.
+
+    Args:
+        shape: the module.
+        factors: one product; of a parameter that holds experts in one, each expert's.
+        rank: what they are filled up to.
+        modules: all that are adapted.
+    """
+    filled = [padded(pair, rank) for pair in factors]
+    if shape.kind != "parameter":
+        return lora_tensors(shape, filled[0])
+    prefix = PREFIX + file_path(shape.name, modules)
+    a = numpy.concatenate([pair.a for pair in filled])
+    b = numpy.stack([pair.b for pair in filled], axis=-1)  # experts vary fastest
+    return {f"{prefix}.lora_A.weight": a.astype("f4"), f"{prefix}.lora_B.weight": b.reshape(len(b), -1).astype("f4")}
+
+
 def lora_tensors(shape: SiteShape, factors: LowRank) -> dict[str, NDArray[Any]]:
-    """The tensors of one module by their key in the file, float32; the scaling is 1."""
+    """The tensors of one module whose weight is a matrix, as above."""
     a, b = (factor.astype("f4", copy=False) for factor in (factors.a, factors.b))
     prefix = f"{PREFIX}{shape.name}."
     if shape.kind == "embedding":
@@ -41,6 +63,8 @@ def lora_config(parents: list[PeftConfig], ranks: Mapping[str, int], **fields: A
     first = parents[0]
     counts = Counter(ranks.values())
     r = max(ranks.values(), key=lambda rank: (counts[rank], rank)) if ranks else 1
+    fused = sorted({name for parent in parents for name in getattr(parent, "target_parameters", None) or []})
+    modules = [module for module in ranks if not any(f".{module}".endswith(f".{name}") for name in fused)]
     other = {pattern_key(module, ranks): rank for module, rank in ranks.items() if rank != r}
     values: dict[str, Any] = {
         "task_type": first.task_type,
@@ -52,7 +76,8 @@ def lora_config(parents: list[PeftConfig], ranks: Mapping[str, int], **fields: A
         "lora_alpha": r,
         "rank_pattern": other,
         "alpha_pattern": dict(other),
-        "target_modules": target_modules(parents, ranks) if ranks else [DUMMY_TARGET_MODULES],
+        "target_modules": target_modules(parents, modules) if modules else [] if fused else [DUMMY_TARGET_MODULES],
+        "target_parameters": fused or None,
         "fan_in_fan_out": any(getattr(parent, "fan_in_fan_out", False) for parent in parents),
         "layer_replication": getattr(first, "layer_replication", None),
     }

@@ -25,7 +25,7 @@ from peftcli.merging.algebra import Dense as DenseUpdate
 from peftcli.merging.base_weights import BaseWeights
 from peftcli.merging.copies import check_full_weights, copy_fields, merged_copy
 from peftcli.merging.factors import combine_factors
-from peftcli.merging.lora_file import lora_config, lora_tensors, write_config
+from peftcli.merging.lora_file import lora_config, module_tensors, write_config
 from peftcli.merging.operators import OPERATORS, SVD_TYPES, Settings
 from peftcli.merging.output import new_folder, require_free
 from peftcli.merging.report import MergeReport, ModuleReport, card, write_report
@@ -128,7 +128,9 @@ def check_together(sources: Sequence[Source], *, named: bool) -> None:
 def _differ(first: SiteShape, second: SiteShape) -> bool:
     """Whether two shapes can't be one module's; 0 is a size that the files don't tell."""
     sizes = zip(first.matrix, second.matrix, strict=True)
-    return first.kind != second.kind or any(0 not in pair and pair[0] != pair[1] for pair in sizes)
+    return (first.kind, first.experts) != (second.kind, second.experts) or any(
+        0 not in pair and pair[0] != pair[1] for pair in sizes
+    )
 
 
 class _Merge:
@@ -183,26 +185,36 @@ class _Merge:
 
     def matrices(self, writer: TensorWriter) -> tuple[Any, list[ModuleReport]]:
         """Writes LoRA factors of the merged updates; gives the config."""
+        modules = list(self.modules())
         ranks: dict[str, int] = {}
         rows = []
-        for name, here, shape in self.modules():
-            updates = [self.sources[index].update(name) for index in here]
-            low = [update for update in updates if isinstance(update, LowRank)]
-            stacked = stack(low) if len(low) == len(updates) else None
-            merged = self._merged(name, here, updates, stacked)
-            for key, tensor in lora_tensors(shape, merged.factors).items():
+        for name, here, shape in modules:
+            merged, row = self._module(name, here)
+            for key, tensor in module_tensors(shape, merged, row.rank, [module for module, _, _ in modules]).items():
                 writer.add(key, tensor)
-            ranks[name] = merged.factors.rank
-            products = inner_products(updates, stacked)
-            self._products[numpy.ix_(here, here)] += products
-            rows.append(self._row(name, here, updates, products.diagonal(), merged))
+            ranks[name] = row.rank
+            rows.append(row)
         configs = [source.config for source in self.given]
         fields = copy_fields(self.given) | token_fields(self.given)
         if self.base is not None:
             fields["fan_in_fan_out"] = any(
-                self.base.stores_transposed(shape) for _, _, shape in self.modules() if shape.kind == "linear"
+                self.base.stores_transposed(shape) for _, _, shape in modules if shape.kind == "linear"
             )
         return lora_config(configs, ranks, **fields), rows
+
+    def _module(self, name: str, here: list[int]) -> tuple[list[LowRank], ModuleReport]:
+        """The merged product at a module, or one for each expert fused in it, and what to say about it."""
+        merged, conflicts = [], []
+        products = numpy.zeros((len(here), len(here)))
+        for updates in zip(*(self.sources[index].updates(name) for index in here), strict=True):
+            low = [update for update in updates if isinstance(update, LowRank)]
+            stacked = stack(low) if len(low) == len(updates) else None
+            merged.append(self._merged(name, here, list(updates), stacked))
+            products += inner_products(updates, stacked)
+            if len(updates) > 1:
+                conflicts.append(sign_conflicts(updates, [self.weights[index] for index in here]))
+        self._products[numpy.ix_(here, here)] += products
+        return [part.factors for part in merged], self._row(name, here, products.diagonal(), merged, conflicts)
 
     def _merged(self, name: str, here: list[int], updates: list[Update], stacked: LowRank | None) -> Compressed:
         method, rank = self.settings.method, self.settings.rank
@@ -256,13 +268,16 @@ class _Merge:
     # -- report ---------------------------------------------------------------------------------------------------
 
     def _row(
-        self, name: str, here: list[int], updates: list[Update], squares: NDArray[Any], merged: Compressed
+        self, name: str, here: list[int], squares: NDArray[Any], merged: list[Compressed], conflicts: list[float]
     ) -> ModuleReport:
         norms: list[float | None] = [None] * len(self.sources)
         for index, square in zip(here, squares, strict=True):
             norms[self.given.index(self.sources[index])] = float(max(square, 0.0) ** 0.5)
-        conflicts = sign_conflicts(updates, [self.weights[index] for index in here]) if len(updates) > 1 else None
-        return ModuleReport(name, merged.factors.rank, merged.norm, merged.energy, conflicts, norms)
+        total = sum(part.norm**2 for part in merged)
+        energy = sum(part.energy * part.norm**2 for part in merged) / total if total > 0 else 1.0
+        rank = max(part.factors.rank for part in merged)
+        contested = sum(conflicts) / len(conflicts) if conflicts else None
+        return ModuleReport(name, rank, total**0.5, energy, contested, norms)
 
     def report(self, rows: list[ModuleReport], config: Any) -> MergeReport:
         """What the merge came to, adapters in the order they were named in."""

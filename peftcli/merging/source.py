@@ -171,6 +171,12 @@ class Source:
         held = {name: _float(self.read(info)) for name, info in part.modules[path].items()}
         return loaded(adapter, held, self.shared if _has_shared(adapter) else {})
 
+    def updates(self, module: str) -> list[Update]:
+        """What the adapter adds to each matrix of a parameter that holds experts in one; elsewhere `update` alone."""
+        if self.adapter(module).shape.kind == "parameter":
+            return [LowRank(a, b) for a, b in zip(*self.experts(module), strict=True)]
+        return [self.update(module)]
+
     def update(self, module: str) -> Update:
         """What the adapter adds to a module's weight [out, in].
 
@@ -178,7 +184,7 @@ class Source:
             InputError: if the method adds nothing to a weight, or needs the base and there is none.
         """
         adapter = self.adapter(module)
-        if not adapter.mergeable or adapter.shape.kind in ("parameter", "module") or adapter.follows_ties:
+        if not adapter.mergeable or adapter.shape.kind == "module" or adapter.follows_ties:
             raise InputError(
                 f"{self.what} at {module} is no update of a weight matrix, so it can't be merged with others",
                 place=self.folder,
@@ -213,6 +219,18 @@ class Source:
         names = ("lora_embedding_A", "lora_embedding_B") if adapter.shape.kind == "embedding" else FACTORS
         a, b = (self.array(held[name]) for name in names)
         return LowRank(a.reshape(len(a), -1), b.reshape(len(b), -1))
+
+    def experts(self, module: str) -> tuple[NDArray[Any], NDArray[Any]]:
+        """A [experts, r, in] and B [experts, out, r], scaling in B, of a parameter that holds experts in one.
+
+        In the file experts vary fastest along the columns of B.
+        """
+        assert self.part is not None
+        adapter = cast(Lora, self.adapter(module))
+        held, experts = self.part.modules[self.paths[module]], adapter.shape.experts
+        a, b = (self.array(held[name]) for name in FACTORS)
+        b = b.reshape(len(b), -1, experts).transpose(2, 0, 1) * numpy.float32(adapter.scaling)
+        return a.reshape(experts, -1, a.shape[1]), b
 
     def _require_same_bias(self, adapter: Adapter, p: Tensors) -> None:
         """A method that turns outputs turns the bias with them, and some add to it: no update of the weight can do that."""
