@@ -139,7 +139,7 @@ def _export(
             *(adapters[0], output),
             portable=to == "portable",
             rank=chosen,
-            base=base_folder(base),
+            base=_found_base(base, adapters[0]),
             dtype=dtype,
             overwrite=overwrite,
         )
@@ -164,20 +164,28 @@ def _verify(
 
 
 def _base(name: str | None, adapter: Path) -> Path:
-    """The base that was named, else the one the adapter names, if it is on this machine."""
-    if name is not None:
-        found = base_folder(name)
-    else:
-        from peftcli.adapters.audit import locate
-        from peftcli.adapters.base_facts import find_base
-        from peftcli.adapters.config import CONFIG_NAME, read_config
+    """The base that was named, else the one the adapter names.
 
-        locate(adapter)
-        config = read_config(adapter / CONFIG_NAME)
-        found = find_base(config.base_model_name_or_path, config.revision, beside=adapter)
+    Raises:
+        InputError: if it is not on this machine.
+    """
+    found = _found_base(name, adapter)
     if found is None:
         raise InputError("the adapter's base is not on this machine", place=adapter, fix="--base FOLDER")
     return found
+
+
+def _found_base(name: str | None, adapter: Path) -> Path | None:
+    """The same, None if it is not on this machine."""
+    if name is not None:
+        return base_folder(name)
+    from peftcli.adapters.audit import locate
+    from peftcli.adapters.base_facts import find_base
+    from peftcli.adapters.config import CONFIG_NAME, read_config
+
+    locate(adapter)
+    config = read_config(adapter / CONFIG_NAME)
+    return find_base(config.base_model_name_or_path, config.revision, beside=adapter)
 
 
 def _bytes(text: str | None) -> int | None:

@@ -22,12 +22,14 @@ class Turns:
     """What stands around messages.
 
     Attributes:
+        default: what a conversation without a system message begins with: the template's own.
         before_system, after_system: around a system message.
         before_user: before a user's message.
         before_answer: between a user's message and the answer; also what asks for one.
         after_answer: after an answer, before the next message.
     """
 
+    default: str
     before_system: str
     after_system: str
     before_user: str
@@ -36,7 +38,10 @@ class Turns:
 
     def go(self) -> str:
         """As a Go template."""
-        return (
+        default = (
+            f'{{{{- if ne (index .Messages 0).Role "system" }}}}{self.default}{{{{ end }}}}' if self.default else ""
+        )
+        return default + (
             '{{- range .Messages }}{{ if eq .Role "system" }}'
             f"{self.before_system}{{{{ .Content }}}}{self.after_system}"
             '{{ else if eq .Role "user" }}'
@@ -53,7 +58,8 @@ class Turns:
             "user": (self.before_user, self.before_answer),
             "assistant": ("", self.after_answer),
         }
-        return "".join(
+        default = "" if messages[0]["role"] == "system" else self.default
+        return default + "".join(
             around[message["role"]][0] + message["content"] + around[message["role"]][1] for message in messages
         )
 
@@ -81,39 +87,47 @@ def modelfile(adapter: Path, base: BaseFacts, file: str) -> str:
 
 
 def find_turns(tokenizer: Any) -> Turns | None:
-    """What a tokenizer's template puts around messages, without the BOS token (llama.cpp adds it); None if that isn't all."""
+    """What a tokenizer's template puts around messages; None if that isn't all.
+
+    A BOS token that the tokenizer itself begins texts with is left out: llama.cpp adds it, too.
+    """
     talk = [_message("user", USER), _message("assistant", ANSWER), _message("user", AGAIN)]
     plain, system = _rendered(tokenizer, talk), _rendered(tokenizer, [_message("system", SYSTEM), *talk])
     if plain is None:
         return None
     head, middle, back, tail = _split(plain, USER, ANSWER, AGAIN)
-    if tail != middle or not back.endswith(head) or any("{{" in part or "}}" in part for part in (head, middle, back)):
-        return None
-    around_system = ("", "\n")
+    before_user, around_system = head, ("", "\n")
     if system is not None and SYSTEM in system:
         before, rest = system.split(SYSTEM, 1)
         until_user = rest.split(USER, 1)[0]
-        if not until_user.endswith(head):
-            return None
-        around_system = (before, until_user.removesuffix(head))
-    turns = Turns(*around_system, head, middle, back.removesuffix(head))
-    expected = {plain: talk} | ({system: [_message("system", SYSTEM), *talk]} if system else {})
-    return turns if all(turns.render(messages) == text for text, messages in expected.items()) else None
+        alone = _rendered(tokenizer, [_message("system", SYSTEM)], ask=False) or ""
+        after = alone.partition(SYSTEM)[2]
+        if not after or not until_user.startswith(after):
+            after = until_user.removesuffix(head)
+        before_user, around_system = until_user.removeprefix(after), (before, after)
+    if tail != middle or not head.endswith(before_user) or not back.endswith(before_user):
+        return None
+    default = head.removesuffix(before_user)
+    turns = Turns(default, *around_system, before_user, middle, back.removesuffix(before_user))
+    talks = [talk, talk[:1]] + ([[_message("system", SYSTEM), *talk[:count]] for count in (1, 3)] if system else [])
+    is_plain = not any(mark in part for mark in ("{{", "}}") for part in (head, middle, back, *around_system))
+    return turns if is_plain and all(turns.render(some) == _rendered(tokenizer, some) for some in talks) else None
 
 
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
-    """The prompt for an answer; None where the template refuses such messages (some know no system message)."""
+def _rendered(tokenizer: Any, messages: list[dict[str, str]], *, ask: bool = True) -> str | None:
+    """The text, by default as a prompt for an answer; None where the template refuses it (some know no system message)."""
     import jinja2
 
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
     except jinja2.TemplateError:
         return None
-    return text.removeprefix(tokenizer.bos_token or "")
+    adds_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(tokenizer.bos_token) if adds_bos else text
 
 
 def _split(text: str, *marks: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,14 +180,37 @@ def test_turns_render_as_the_template(name: str) -> None:
     assert turns is not None
     talk = [{"role": role, "content": f"text {i}"} for i, role in enumerate(["user", "assistant", "user"])]
     wanted = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-    assert turns.render(talk) == wanted.removeprefix(tokenizer.bos_token or "")
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    assert turns.render(talk) == (wanted.removeprefix(tokenizer.bos_token) if adds_bos else wanted)
+
+
+def test_a_bos_that_only_the_template_writes_stays() -> None:
+    """SmolLM2's is <|im_start|>, and its tokenizer does not add it."""
+    tokenizer = copy.deepcopy(family("chatml"))
+    tokenizer.bos_token = "<|im_start|>"
+    assert tokenizer("a").input_ids[0] != tokenizer.bos_token_id
+    turns = find_turns(tokenizer)
+    assert turns is not None and turns.before_user.startswith("<|im_start|>user")
+
+
+DEFAULT = "<|im_start|>system\nYou are helpful.<|im_end|>\n"
+
+
+def with_start(start: str) -> Any:
+    tokenizer = copy.deepcopy(family("chatml"))
+    tokenizer.chat_template = f"{{% if {start} %}}{DEFAULT}{{% endif %}}{tokenizer.chat_template}"
+    return tokenizer
+
+
+def test_a_system_message_of_the_templates_own() -> None:
+    turns = find_turns(with_start("messages[0].role != 'system'"))
+    assert turns is not None
+    assert (turns.default, turns.after_answer.strip()) == (DEFAULT, "<|im_end|>")
+    assert turns.go().startswith('{{- if ne (index .Messages 0).Role "system" }}' + DEFAULT + "{{ end }}")
 
 
 def test_a_template_that_does_more_is_left_out() -> None:
-    tokenizer = copy.deepcopy(family("chatml"))
-    default = "<|im_start|>system\nYou are helpful.<|im_end|>\n"
-    tokenizer.chat_template = f"{{% if messages[0].role != 'system' %}}{default}{{% endif %}}{tokenizer.chat_template}"
-    assert find_turns(tokenizer) is None
+    assert find_turns(with_start("messages|length > 3")) is None
 
 
 def test_modelfile(tmp_path: Path) -> None:
