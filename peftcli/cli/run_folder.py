@@ -60,7 +60,7 @@ def require_usable(folder: Path, *, overwrite: bool, resume: bool) -> None:
             field="training.output_dir",
             fix="choose a new folder: --output-dir DIR",
         )
-    trained = [path for pattern in TRAINED for path in folder.glob(pattern)]
+    trained = _trained(folder)
     if trained and not (overwrite or resume):
         raise InputError(
             f"holds another run's work ({printable(trained[0].name)})",
@@ -78,6 +78,11 @@ def _is_a_runs(folder: Path) -> bool:
     except OSError:
         return False
     return written_by_run and (not (folder / DATA).exists() or (folder / DATA / AUDIT).is_file())
+
+
+def _trained(folder: Path) -> list[Path]:
+    """What a run was made for, as far as it is there."""
+    return [path for pattern in TRAINED for path in folder.glob(pattern)]
 
 
 @contextmanager
@@ -109,7 +114,7 @@ def installed(temporary: Path, folder: Path, recipe: str, *, overwrite: bool) ->
         temporary: what `prepared` gave.
         recipe: text of `recipe.yaml`, below its first line.
         overwrite: remove what an earlier run wrote. Otherwise its recipe and data come back if the block raises
-            InputError, which refuses to continue it.
+            InputError, which refuses to continue it. A run that is refused before it trained anything leaves nothing.
     """
     aside = temporary / "before"
     aside.mkdir()
@@ -127,6 +132,10 @@ def installed(temporary: Path, folder: Path, recipe: str, *, overwrite: bool) ->
             _exchange(aside / DATA, folder / DATA, temporary)
             for path in set(folder.glob("rank-*.log")) - logs:  # about the refusal, which has been said
                 remove(path)
+        elif not _trained(folder):
+            clear(folder)
+            for name in (RECIPE, DATA):
+                remove(folder / name)
         raise
 
 

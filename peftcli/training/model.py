@@ -38,6 +38,7 @@ GENERATIVE = frozenset({"CAUSAL_LM", "SEQ_2_SEQ_LM"})
 """Task types whose head comes with the base; others start with a fresh one."""
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+INTEGERS = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class OpenedBase:
         """The model without its weights, on whatever device is current: `meta`, or fake tensors of a real one.
 
         Raises:
-            InputErrors: listing every weight whose shape is not the checkpoint's.
+            InputErrors: listing every weight that is not stored as the model has it.
         """
         with _explained(self.section, self.facts), quiet_transformers():
             model = self.auto_class.from_config(
@@ -72,7 +73,7 @@ class OpenedBase:
                 trust_remote_code=self.section.trust_remote_code,
             )
         _name(model, self.section.name_or_path)
-        if problems := list(_shape_problems(model, self.facts)):
+        if problems := list(_misfits(model, self.facts)):
             raise InputErrors(problems)
         return model
 
@@ -230,11 +231,14 @@ def _stored_dtype(facts: BaseFacts, config: PreTrainedConfig) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def _shape_problems(model: PreTrainedModel, facts: BaseFacts) -> Iterator[InputError]:
+def _misfits(model: PreTrainedModel, facts: BaseFacts) -> Iterator[InputError]:
     if "quantization_config" in facts.config:
-        return  # packed weights have shapes of their own
+        return  # packed weights have shapes and types of their own
     for name, tensor in model.state_dict().items():
         stored = facts.find(name)
+        if stored is not None and tensor.is_floating_point() and stored.dtype in INTEGERS:
+            problem = f"is stored as {stored.dtype}: whole numbers are no weights, unless {CONFIG} says how they are quantised"
+            yield InputError(problem, place=facts.folder, field=name)
         if stored is not None and stored.shape != tuple(tensor.shape):
             yield InputError(
                 f"has the shape {list(stored.shape)} in the checkpoint, but {CONFIG} makes it {list(tensor.shape)}",
@@ -283,7 +287,9 @@ def _explained(section: ModelSection, facts: BaseFacts) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise RunError(f"{facts.folder}: the base does not fit into memory: {printable(error)}") from error
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+    except (InputError, RunError):
+        raise
+    except Exception as error:  # each model type fails in its own way at sizes it can't have
         raise InputError(
             f"can't be loaded as {AUTO_CLASSES[TaskType(section.task_type)]}: {printable(error, 600)}",
             place=facts.folder,

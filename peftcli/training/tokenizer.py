@@ -81,6 +81,9 @@ def _check_template(tokenizer: Any, folder: Path) -> None:
     """Try the chat template once: one that breaks out of its sandbox, or does not parse, is no template to train with."""
     if not tokenizer.chat_template:
         return
+    if not isinstance(tokenizer.chat_template, (str, dict)):
+        found = printable(repr(tokenizer.chat_template), 80)
+        raise InputError(f"{found} is no chat template", place=folder, field="chat_template", allowed="a string")
     from jinja2.exceptions import SecurityError, TemplateSyntaxError
 
     try:

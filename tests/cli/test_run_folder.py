@@ -115,6 +115,19 @@ def test_nothing_is_left_of_a_refused_run(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists() and tmp_path.exists()
 
 
+def test_nothing_is_left_of_a_run_that_is_refused_once_it_began(tmp_path: Path) -> None:
+    """A base without one of its weights is found out by the worker."""
+    folder = tmp_path / "a/run"
+    with pytest.raises(InputError), installed(folder):
+        (folder / "rank-0.log").touch()
+        raise InputError("a weight is missing")
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(InputError), installed(folder):
+        (folder / "checkpoint-3").mkdir()  # a stream's bad row comes late
+        raise InputError("no JSON")
+    assert names(folder) == {"checkpoint-3", "data", "recipe.yaml"}
+
+
 def test_a_disk_that_fails_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"/x: could not be written \(No space left.*MB are free"), \
          run_folder.prepared(tmp_path / "run"):  # fmt: skip

@@ -119,6 +119,12 @@ def drop(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+def rounded(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].int()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -135,6 +141,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no such type": (lambda folder: edit(folder, model_type=7), "model_type: unknown model type 7"),
     "weights cut short": (cut, "model.safetensors: is cut short"),
     "weights missing": (drop, r"(?s)up_proj.weight: is missing.*norm.weight: is missing|norm.weight.*up_proj.weight"),
+    "weights in whole numbers": (rounded, "up_proj.weight: is stored as I32"),
     "only a pickle": (pickled, "only as a pickle"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
     "endless layers": (lambda folder: edit(folder, num_hidden_layers=10**9), "num_hidden_layers: is 1,000,000,000"),
@@ -143,6 +150,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: edit(folder, intermediate_size=10**12),
         r"(?s)layers.0.mlp.gate_proj.weight: .*\[32, 16\].*\[1000000000000, 16\].*layers.1.mlp.down_proj",
     ),
+    "no vocabulary": (lambda folder: edit(folder, vocab_size=0), "vocab|can't be loaded"),
     "no size at all": (lambda folder: edit(folder, hidden_size="wide"), "config.json: is no config of a llama"),
     "heads that don't divide": (lambda folder: edit(folder, num_attention_heads=3), "(?s)config|can't be loaded"),
     "quantised otherwise": (
@@ -156,6 +164,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "tokenizer.json: .*can't be read",
     ),
     "template out of its box": (template("{{ ''.__class__.__mro__ }}"), "chat template reaches out of its sandbox"),
+    "template is a number": (
+        lambda folder: edit(folder, "tokenizer_config.json", chat_template=5),
+        "chat_template: 5 is no chat template",
+    ),
     "template is none": (template("{% for m in messages %}"), "chat template is no Jinja template"),
 }
 
