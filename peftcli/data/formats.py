@@ -142,11 +142,12 @@ def detect(columns: Collection[str], place: str, task: str = "CAUSAL_LM") -> str
     close = next(
         (f"`{column}`: did you mean `{near}`? " for column in columns if (near := nearest(column, wanted).name)), ""
     )
+    mapped = ", ".join(f"{name}: NAME" for name in max((format.required for format in own.values()), key=len))
     raise InputError(
         f"no format for {task} has the columns {_shown(columns)}",
         place=place,
         allowed="; ".join(f"{name}: {', '.join(format.required)}" for name, format in own.items()),
-        fix=f"{close}map columns, e.g. `columns: {{{wanted[0]}: ...}}`",
+        fix=f"{close}say which column is which: `{{path: FILE, columns: {{{mapped}}}}}`",
     )
 
 

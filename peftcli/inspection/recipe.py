@@ -44,6 +44,8 @@ def method_line(recipe: Recipe) -> str:
     if config is None:
         return "full: every weight is trained"
     rank = {name: getattr(config, name) for name in ("r", "lora_alpha", "target_modules") if hasattr(config, name)}
+    if rank.get("target_modules", ()) is None:
+        rank["target_modules"] = "the usual ones of its model type"
     fields = {**rank, **options(config)}
     return ", ".join([config.peft_type, *(f"{name} {_plain(value)}" for name, value in fields.items())])
 

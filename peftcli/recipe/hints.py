@@ -28,6 +28,8 @@ def hint(location: Location) -> str | None:
         return f"`{name}` is {owner}; here " + (here if " " in here else f"`{here}`")
     if close and close.name:
         return str(close)
+    if dotted(above) == "data" and name in DataSource.model_fields:
+        return f"`{name}` belongs to a source: `train: {{path: FILE, {name}: ...}}`"
     homes = [home for home in _homes().get(name, []) if home != dotted(location)]
     if homes:
         return f"`{printable(name)}` belongs in `{homes[0]}`"

@@ -50,6 +50,11 @@ BAD = {
         "recipe.yaml:9:3: data.learning_rate: ",
         "`training.learning_rate`",
     ),
+    "a source's field": (
+        ("train.jsonl", "train.jsonl\n  columns: {prompt: q}"),
+        "recipe.yaml:9:3: data.columns: unknown field",
+        "belongs to a source: `train: {path: FILE, columns: ...}`",
+    ),
     "near name": (("out/run", "out/run\n  warmup_ration: 0.1"), "recipe.yaml:11:3: ", "`warmup_ratio`"),
     "token": (
         ("name_or_path: base", "name_or_path: base\n  token: hf_abcdefghijklmnopq"),
