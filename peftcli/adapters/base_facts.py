@@ -119,7 +119,8 @@ def find_base(name: str | None, revision: str | None, *, beside: Path) -> Path |
         return None
     for candidate in (Path(name), beside / name):
         if _is_file(candidate / "config.json"):
-            return Path(os.path.normpath(candidate))
+            # Behind a link to a folder, `..` is not the folder before it in the path.
+            return candidate.resolve() if ".." in candidate.parts else Path(os.path.normpath(candidate))
     revision = revision or "main"
     if HUB_ID.fullmatch(name) is None or HUB_ID.fullmatch(revision) is None:
         return None

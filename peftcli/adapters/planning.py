@@ -49,6 +49,8 @@ def plan_sites(model: nn.Module, config: TunerConfig) -> list[tuple[Site, Adapte
             planned.append((out, out.adapter(method, config)))
     method.arrange([adapter for _, adapter in planned])
     planned += _parameter_sites(config, base)
+    for field, key in unmatched_patterns(config, [adapter.shape.name for _, adapter in planned]):
+        warnings.warn(f"{field}: `{printable(key, 200)}` matches no module that is adapted", stacklevel=4)
     for companion in config.companions():
         companion.validate()
         planned += plan_sites(model, companion)
@@ -109,8 +111,6 @@ def _targets(model: nn.Module, config: TunerConfig, base: dict[str, nn.Module]) 
     chosen = select(config, base, linear=linear)
     for missing in unmatched_targets(config, chosen) if given is not None else ():
         warnings.warn(f"target_modules: `{missing}` matches no module of the model", stacklevel=5)
-    for field, key in unmatched_patterns(config, chosen):
-        warnings.warn(f"{field}: `{printable(key, 200)}` matches no module that is adapted", stacklevel=5)
     return chosen
 
 

@@ -21,7 +21,9 @@ def command(
     method: Annotated[str, typer.Option(help="linear, cat, svd, ties, dare_linear, ..., as in PEFT.")] = "linear",
     weights: Annotated[list[str] | None, typer.Option(help="One for each adapter: 0.7,0.3; 1 each by default.")] = None,
     density: Annotated[list[str] | None, typer.Option(help="Share kept by pruning: one, or one for each.")] = None,
-    majority_sign_method: Annotated[str, typer.Option(help="total or frequency.")] = "total",
+    majority_sign_method: Annotated[
+        str | None, typer.Option(help="total (default) or frequency: how TIES elects signs.")
+    ] = None,
     space: Annotated[str, typer.Option(help="delta: merge updates; factors: as add_weighted_adapter.")] = "delta",
     rank: Annotated[str | None, typer.Option(help="Rank of the result (16), or energy to keep (0.95).")] = None,
     base: Annotated[str | None, typer.Option(help="The base model, where the merge depends on it.")] = None,
@@ -39,6 +41,10 @@ def command(
     for path in paths:  # told before torch is imported
         if not path.exists():
             raise InputError("does not exist", place=path, fix="lists are written with commas: --weights 0.5,0.5")
+    if plot is not None:
+        from peftcli.report.figures import check_picture
+
+        check_picture(plot)
     from peftcli.merging.algebra import Rank
     from peftcli.merging.merge import merge_adapters
     from peftcli.merging.settings import MergeSettings

@@ -74,7 +74,11 @@ class Step:
         return self.piece is not None or (plain and unchanged)
 
     def product(self, facts: BaseFacts) -> Product:
-        """B A, of an update that is nothing else, as the checkpoint stores it."""
+        """B A, of an update that is nothing else, as the checkpoint stores it; numbers may be too large (`write_sum`)."""
+        with numpy.errstate(over="ignore", invalid="ignore"):
+            return self._product(facts)
+
+    def _product(self, facts: BaseFacts) -> Product:
         shape = self.shape
         if self.piece is not None:
             a, b = self.source.experts(shape.name)
@@ -227,6 +231,8 @@ class Changes:
         return problems
 
     def _add_steps(self, source: Source) -> list[InputError]:
+        if source.part is None or not adapter_class(source.part.config).mergeable:
+            return [InputError(f"{source.what} adapters cannot be merged into a base", place=source.folder)]
         problems = []
         for part in source.audit.contents.parts:
             for path, fit in part.fits.items():
@@ -239,8 +245,6 @@ class Changes:
                     problems += self._add_experts(source, part, path)
                 else:
                     problems += self._add_step(Step(source, part, path))
-        if source.part is None:
-            problems.append(InputError(f"{source.what} adapters cannot be merged into a base", place=source.folder))
         return problems
 
     def _problem(self, source: Source, part: Part, path: str) -> str | None:

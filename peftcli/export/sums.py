@@ -69,9 +69,10 @@ def write_sum(source: Path, info: TensorInfo, target: int, products: Sequence[Pr
     blocks = _blocks(source, info, (matrices, rows, columns), wide)
     for matrix, start, block in blocks:
         count = len(block)
-        for product in products:
-            numpy.matmul(product.b[matrix, start : start + count], product.a[matrix], out=more[:count])
-            numpy.add(block, more[:count], out=block)
+        with numpy.errstate(over="ignore", invalid="ignore"):  # told below
+            for product in products:
+                numpy.matmul(product.b[matrix, start : start + count], product.a[matrix], out=more[:count])
+                numpy.add(block, more[:count], out=block)
         if not is_finite(block, dtype, spare[:count]):
             raise InputError(f"{printable(info.name)} would hold NaN or infinity", fix=wider(dtype))
         narrow(block, dtype, narrowed[:count], spare[:count])

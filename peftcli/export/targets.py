@@ -15,9 +15,11 @@ from typing import Any, Literal
 
 from peftcli.adapters.audit import PICKLE_NAME, Audit, audit_folder
 from peftcli.adapters.base_facts import STORED_TRANSPOSED
-from peftcli.adapters.config import default_of
+from peftcli.adapters.config import CONFIG_NAME, default_of
 from peftcli.adapters.registry import adapter_class
 from peftcli.errors import InputErrors
+from peftcli.files import read_strict_json
+from peftcli.merging.source import method_name
 
 Verdict = Literal["ok", "fixable", "impossible"]
 
@@ -75,15 +77,30 @@ def judge_audit(audit: Audit, target: str) -> list[Row]:
 def _method(audit: Audit) -> Row:
     """Only LoRA is served anywhere."""
     config: Any = audit.config
-    if audit.contents.parts and config.peft_type == "LORA" and not getattr(config, "use_dora", False):
+    if audit.contents.parts and config.peft_type == "LORA" and config.variant is None:
         return Row("method", "ok", "LoRA")
-    name = "DoRA" if getattr(config, "use_dora", False) else config.peft_type
+    name = method_name(config)
     if not audit.contents.parts:
         return Row("method", "impossible", f"{name} is a prompt: no weights to add or merge")
     cls = adapter_class(config)
     if not cls.mergeable:
         return Row("method", "impossible", f"{name} can't be merged into weights")
     return Row("method", "fixable", f"{name}: {MERGE}, or peft export --to portable --rank N")
+
+
+def _config(audit: Audit) -> Row:
+    """The programs take these from the config's text; PEFT has defaults for them."""
+    written = read_strict_json(audit.file.path.parent / CONFIG_NAME)
+    missing = [name for name in ("r", "lora_alpha", "target_modules") if written.get(name) is None]
+    if missing:
+        return Row("config", "fixable", f"says no {', '.join(missing)}: {PORTABLE} writes it")
+    return Row("config", "ok")
+
+
+def _no_bias(audit: Audit) -> Row:
+    """vLLM goes by the config, whatever the file holds."""
+    bias = audit.config.bias  # type: ignore[attr-defined]
+    return Row("bias", "ok") if bias == "none" else Row("bias", "fixable", f"{bias} is refused: {MERGE}, or {PORTABLE}")
 
 
 def _tensors(audit: Audit) -> Row:
@@ -210,14 +227,14 @@ def _ranks(audit: Audit) -> set[int]:
 
 CHECKS: dict[str, list[Callable[[Audit], Row]]] = {
     "vllm": [
-        *(_file, _tensors, _layers, _vllm_rank, _one_rank),
+        *(_file, _config, _no_bias, _tensors, _layers, _vllm_rank, _one_rank),
         _scale("one alpha / r, or / sqrt(r) for rsLoRA", _global_rs),
         _vocabulary,
     ],
-    "sglang": [_file, _tensors, _layers, _one_rank, _scale("one alpha / r", _global)],
-    "llama.cpp": [_tensors, _layers, _gguf_modules, _scale("one alpha over each module's rank", _by_tensor)],
+    "sglang": [_file, _config, _tensors, _layers, _one_rank, _scale("one alpha / r", _global)],
+    "llama.cpp": [_config, _tensors, _layers, _gguf_modules, _scale("one alpha over each module's rank", _by_tensor)],
     "ollama": [
-        *(_file, _tensors, _layers, _gguf_modules, _ollama_base),
+        *(_file, _config, _tensors, _layers, _gguf_modules, _ollama_base),
         _scale("one alpha over each module's rank", _by_tensor),
     ],
 }

@@ -67,7 +67,7 @@ def copy_fields(sources: Sequence[Source]) -> dict[str, Any]:
     saved = sorted({name for source in sources for name in getattr(source.config, "modules_to_save", None) or []})
     if any(source.copies for source in sources) and saved:
         fields["modules_to_save"] = saved
-    kinds = {getattr(source.config, "bias", "none") for source in sources} - {"none"}
+    kinds = {source.config.bias for source in sources if any(_is_bias(source, name) for name in source.copies)}
     if kinds:
         fields["bias"] = "all" if "all" in kinds else "lora_only"
     return fields

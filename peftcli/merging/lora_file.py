@@ -13,6 +13,7 @@ from peftcli.adapters.fused_parameters import file_path
 from peftcli.adapters.keys import PREFIX
 from peftcli.adapters.methods.lora import LoraConfig
 from peftcli.adapters.targets import DUMMY_TARGET_MODULES
+from peftcli.errors import InputError, printable
 from peftcli.lazy import numpy
 from peftcli.merging.algebra import LowRank, padded
 
@@ -32,6 +33,8 @@ def module_tensors(
         modules: all that are adapted.
     """
     filled = [padded(pair, rank) for pair in factors]
+    if not all(numpy.isfinite(factor).all() for pair in filled for factor in (pair.a, pair.b)):
+        raise InputError("its update holds numbers too large for 32 bits", place=printable(shape.name))
     if shape.kind != "parameter":
         return lora_tensors(shape, filled[0])
     prefix = PREFIX + file_path(shape.name, modules)

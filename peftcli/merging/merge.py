@@ -158,7 +158,7 @@ class _Merge:
 
     def operator_settings(self, place: str, here: Sequence[int] | None = None) -> Settings:
         density = [self.density[index] for index in here] if here is not None and self.density else self.density
-        return Settings(density, self.settings.majority_sign_method, self.generator(place))
+        return Settings(density, self.settings.majority_sign_method or "total", self.generator(place))
 
     def modules(self) -> Iterator[tuple[str, list[int], SiteShape]]:
         """Each module any adapter adapts: its name, which adapters do, and its shape."""
@@ -209,8 +209,8 @@ class _Merge:
         for updates in zip(*(self.sources[index].updates(name) for index in here), strict=True):
             low = [update for update in updates if isinstance(update, LowRank)]
             stacked = stack(low) if len(low) == len(updates) else None
-            merged.append(self._merged(name, here, list(updates), stacked))
             products += inner_products(updates, stacked)
+            merged.append(self._merged(name, here, list(updates), stacked))
             if len(updates) > 1:
                 conflicts.append(sign_conflicts(updates, [self.weights[index] for index in here]))
         self._products[numpy.ix_(here, here)] += products
@@ -226,14 +226,19 @@ class _Merge:
             total = stacked.weighted(numpy.repeat(weights, ranks))
             if method == "cat" and rank is None:
                 return Compressed(total, 1.0, total.norm())
-            rank = rank or (Rank(number=max(ranks)) if method == "svd" else Rank())
+            rank = rank or (self._default_rank(updates) if method == "svd" else Rank())
             return compress(total, rank, self.generator(name))
         operator = OPERATORS[self.settings.operator]
         matrix = operator([update.dense() for update in updates], weights, self.operator_settings(name, here))
         return compress(DenseUpdate(matrix, 1), rank or self._default_rank(updates), self.generator(name))
 
     def _default_rank(self, updates: list[Update]) -> Rank:
-        """Of a merged matrix: the parents' ranks together, or for the `svd` types the largest of them, as in PEFT."""
+        """Of a merged matrix: the parents' ranks together, or for the `svd` types the largest of them.
+
+        In factor space PEFT's rule: the largest `r` of all adapters, also of those that leave the module alone.
+        """
+        if self.settings.space == "factors":
+            return Rank(number=max(getattr(source.config, "r", 1) for source in self.sources))
         ranks = [update.rank for update in updates]
         return Rank(number=max(ranks) if self.settings.method in SVD_TYPES else sum(ranks))
 

@@ -20,6 +20,9 @@ Array = Any
 
 SignMethod = Literal["total", "frequency"]
 
+BLOCK = 1 << 15
+"""Elements of a tensor that are merged at once where that is quicker."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -94,16 +97,24 @@ COMBINATION_TYPES = [*OPERATORS, "cat", *SVD_TYPES]
 
 
 def disjoint_merge(tensors: Sequence[Array], weights: Sequence[float], settings: Settings) -> Array:
-    """Sum of w_i t_i over the values that have the majority's sign, divided by how many they are."""
-    majority = majority_sign(tensors, settings.majority_sign_method)
-    total = namespace(majority).zeros_like(tensors[0])
-    count = total + 0
-    for tensor, weight in zip(tensors, weights, strict=True):
-        agrees = tensor * majority > 0
-        total += weight * tensor * agrees  # masks multiply: `where` costs numpy twenty times as much
-        count += agrees
-    count += count == 0
-    return total / count
+    """Sum of w_i t_i over the values that have the majority's sign, divided by how many they are.
+
+    Rows are taken a few at a time: what fits into the processor's cache is several times as fast.
+    """
+    merged = namespace(tensors[0]).zeros_like(tensors[0])
+    rows = len(merged) * BLOCK // max(math.prod(merged.shape), 1) or 1
+    for start in range(0, len(merged), rows):
+        block = [tensor[start : start + rows] for tensor in tensors]
+        majority = majority_sign(block, settings.majority_sign_method)
+        total = merged[start : start + rows]
+        count = total + 0
+        for tensor, weight in zip(block, weights, strict=True):
+            agrees = tensor * majority > 0
+            total += weight * tensor * agrees  # masks multiply: `where` costs numpy twenty times as much
+            count += agrees
+        count += count == 0
+        total /= count
+    return merged
 
 
 def majority_sign(tensors: Sequence[Array], method: SignMethod = "total") -> Array:
@@ -136,8 +147,8 @@ def keep_largest(tensor: Array, density: float) -> Array:
     keep = magnitude >= threshold
     surplus = int(xp.count_nonzero(keep)) - count
     if surplus:
-        level = magnitude == threshold
-        keep &= ~level | (level.cumsum(0) <= int(level.sum()) - surplus)
+        level = (magnitude == threshold).nonzero()
+        keep[(level[0] if xp is numpy else level.reshape(-1))[-surplus:]] = False
     return tensor * keep.reshape(tensor.shape)
 
 

@@ -8,10 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from peftcli.errors import InputError, RunError
+from peftcli.errors import InputError, RunError, printable
 
 MARKS = ("adapter_config.json", "config.json", "merge.json", "adapter.gguf")
 """Files of which a folder that `--overwrite` may replace has one."""
+
+
+MAX_NAME = 230
+"""Bytes in a folder's name: file systems take 255, and while it is written it has a longer one."""
 
 
 @contextmanager
@@ -35,7 +39,7 @@ def new_folder(target: Path, *, inputs: Sequence[Path], overwrite: bool, size: i
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
         if size > free:
-            raise InputError(f"needs about {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free", place=target)
+            raise InputError(f"needs about {size / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free", place=target)
         partial.mkdir()
         yield partial
         _replace(partial, target)
@@ -47,6 +51,8 @@ def new_folder(target: Path, *, inputs: Sequence[Path], overwrite: bool, size: i
 
 def require_free(target: Path, *, inputs: Sequence[Path], overwrite: bool) -> None:
     """Refuse a place that is, holds or lies in an input, and one that holds something nobody said to replace."""
+    if len(os.fsencode(target.name)) > MAX_NAME:
+        raise InputError("has too long a name", place=printable(target), field="--output")
     real = target.resolve()
     for path in (item.resolve() for item in inputs):
         if real == path or path in real.parents or real in path.parents:

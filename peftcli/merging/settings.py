@@ -19,8 +19,8 @@ class MergeSettings:
     Attributes:
         method: one of PEFT's combination types.
         weights: one for each adapter; 1 each where there are none.
-        density: share of values kept, one for all adapters or one for each; needed by types that prune.
-        majority_sign_method: see `operators.Settings`.
+        density: share of values kept, one for all adapters or one for each; needed by types that prune, refused elsewhere.
+        majority_sign_method: see `operators.Settings`; `total` by default; refused by types that elect no sign.
         space: `delta` or `factors`.
         rank: rank of the result; by default see `default_rank`.
         seed: of DARE and of randomised decompositions.
@@ -29,7 +29,7 @@ class MergeSettings:
     method: str = "linear"
     weights: tuple[float, ...] = ()
     density: tuple[float, ...] = ()
-    majority_sign_method: SignMethod = "total"
+    majority_sign_method: SignMethod | None = None
     space: Space = "delta"
     rank: Rank | None = None
     seed: int = 0
@@ -56,6 +56,8 @@ class MergeSettings:
             )
         elif self.prunes and not self.density:
             problems.append(_setting(f"{self.method} needs a density", "--density", "0 to 1, e.g. 0.2"))
+        else:
+            problems += self._unused()
         if self.weights and len(self.weights) != count:
             problems.append(
                 _setting(f"{len(self.weights)} weights for {count} adapters", "--weights", f"{count} numbers")
@@ -64,7 +66,7 @@ class MergeSettings:
             problems.append(
                 _setting(f"{len(self.density)} densities for {count} adapters", "--density", f"1 or {count}")
             )
-        if self.majority_sign_method not in ("total", "frequency"):
+        if self.majority_sign_method not in (None, "total", "frequency"):
             problems.append(_setting("is no sign method", "--majority-sign-method", "total, frequency"))
         for density in self.density:
             try:
@@ -74,7 +76,20 @@ class MergeSettings:
         if problems:
             raise InputErrors(problems)
         densities = self.density * count if len(self.density) == 1 else self.density
-        return replace(self, weights=self.weights or (1.0,) * count, density=densities if self.prunes else ())
+        return replace(
+            self,
+            weights=self.weights or (1.0,) * count,
+            density=densities,
+            majority_sign_method=(self.majority_sign_method or "total") if "ties" in self.method else None,
+        )
+
+    def _unused(self) -> list[InputError]:
+        """Settings that the method does not look at."""
+        unused = {
+            "--density": self.density and not self.prunes,
+            "--majority-sign-method": self.majority_sign_method and "ties" not in self.method,
+        }
+        return [InputError(f"means nothing for {self.method}", field=field) for field in unused if unused[field]]
 
 
 def _setting(problem: str, field: str, allowed: str) -> InputError:

@@ -16,7 +16,7 @@ from peftcli.adapters.keys import PREFIX
 from peftcli.adapters.methods.lora import Lora
 from peftcli.adapters.registry import adapter_class
 from peftcli.adapters.values import read_array
-from peftcli.errors import InputError, InputErrors
+from peftcli.errors import InputError, InputErrors, printable
 from peftcli.files import open_regular, sha256
 from peftcli.lazy import numpy, torch
 from peftcli.merging.algebra import Dense, LowRank, Update
@@ -135,7 +135,7 @@ class Source:
     @property
     def what(self) -> str:
         """The method, as a message names it."""
-        return "DoRA" if getattr(self.config, "use_dora", False) else self.config.peft_type
+        return method_name(self.config)
 
     @property
     def starts_from_quantized(self) -> bool:
@@ -173,9 +173,18 @@ class Source:
 
     def updates(self, module: str) -> list[Update]:
         """What the adapter adds to each matrix of a parameter that holds experts in one; elsewhere `update` alone."""
-        if self.adapter(module).shape.kind == "parameter":
-            return [LowRank(a, b) for a, b in zip(*self.experts(module), strict=True)]
-        return [self.update(module)]
+        updates: list[Update]
+        with numpy.errstate(over="ignore", invalid="ignore"):  # told below
+            if self.adapter(module).shape.kind == "parameter":
+                updates = [LowRank(a, b) for a, b in zip(*self.experts(module), strict=True)]
+            else:
+                updates = [self.update(module)]
+        parts = (part for update in updates for part in _arrays(update))
+        if not all(numpy.isfinite(part).all() for part in parts):
+            raise InputError(
+                "its update holds numbers too large for 32 bits", place=self.folder, field=printable(module)
+            )
+        return updates
 
     def update(self, module: str) -> Update:
         """What the adapter adds to a module's weight [out, in].
@@ -246,6 +255,16 @@ class Source:
     def _nominal_rank(self, adapter: Adapter) -> int:
         rank = getattr(adapter, "r", None) or getattr(self.config, "r", None)
         return min(rank or USUAL_RANK, *adapter.shape.matrix)
+
+
+def _arrays(update: Update) -> tuple[NDArray[Any], ...]:
+    return (update.a, update.b) if isinstance(update, LowRank) else (update.matrix,)
+
+
+def method_name(config: Any) -> str:
+    """The method, as a message names it; a variant of LoRA by the field that asks for it."""
+    variant = getattr(config, "variant", None)
+    return "DoRA" if variant == "use_dora" else f"{config.peft_type} with {variant}" if variant else config.peft_type
 
 
 def is_plain_lora(adapter: Adapter) -> bool:

@@ -55,6 +55,8 @@ def test_merge_as_json(adapters: Path, tmp_path: Path) -> None:
         (["--rank", "-3"], "--rank"),
         (["--base", "no/such/base/anywhere"], "no/such/base"),
         (["--method", "ties"], "--density"),
+        (["--plot", "m.xyz"], "is no picture"),
+        (["--plot", "nowhere/m.png"], "no such folder"),
     ],
 )
 def test_bad_options(adapters: Path, tmp_path: Path, options: list[str], problem: str) -> None:

@@ -191,3 +191,22 @@ def test_verify_makes_room_for_prompts_and_names_a_task(base: Path, tmp_path: Pa
     verdict = verify(short, [tmp_path / "a"], tmp_path / "copy", is_model=False, is_exact=True)
     assert verdict.difference == 0
     assert verdict.tokens == 24 - fields.get("num_virtual_tokens", 0)
+
+
+def test_numbers_too_large_are_refused(base: Path, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "a", base, r=2, lora_alpha=1e38)
+    path = tmp_path / "a/adapter_model.safetensors"
+    save_file({key: tensor * 1e6 for key, tensor in load_file(path).items()}, path, {"format": "pt"})
+    for write in (
+        lambda: export_lora(tmp_path / "a", tmp_path / "p", portable=True),
+        lambda: export_merged([tmp_path / "a"], base, tmp_path / "p"),
+    ):
+        with pytest.raises(InputError, match=r"too large for 32 bits|would hold NaN or infinity"):
+            write()
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_name_no_file_system_takes(base: Path, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "a", base, r=2)
+    with pytest.raises(InputError, match="too long a name"):
+        export_peft(tmp_path / "a", tmp_path / ("a" * 250))

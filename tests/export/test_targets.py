@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from merging.lab import load_base, save_adapter, save_base
 
 from peftcli import PromptTuningConfig, get_peft_model
+from peftcli.adapters.config import CONFIG_NAME
 from peftcli.export.lora import export_lora
 from peftcli.export.targets import CHECKS, judge
 from peftcli.merging.algebra import Rank
@@ -87,3 +89,28 @@ def test_methods_and_prompts(base: Path, tmp_path: Path) -> None:
     prompt = get_peft_model(load_base(base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     prompt.save_pretrained(tmp_path / "prompt")
     assert verdicts(tmp_path / "prompt", "llama.cpp") == {"method": "impossible"}
+
+
+@pytest.mark.parametrize("target", CHECKS)
+def test_what_the_configs_text_must_say(base: Path, tmp_path: Path, target: str) -> None:
+    """PEFT has a default for it; the others stumble."""
+    save_adapter(tmp_path / "a", base, r=8, lora_alpha=8)
+    path = tmp_path / "a" / CONFIG_NAME
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in written.items() if key != "lora_alpha"}))
+    assert verdicts(tmp_path / "a", target)["config"] == "fixable"
+    export_lora(tmp_path / "a", tmp_path / "p", portable=True)
+    assert set(verdicts(tmp_path / "p", target).values()) == {"ok"}
+
+
+def test_vllm_goes_by_the_configs_bias(base: Path, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "a", base, r=8, bias="all")  # the base has none
+    assert verdicts(tmp_path / "a", "vllm")["bias"] == "fixable"
+    export_lora(tmp_path / "a", tmp_path / "p", portable=True)
+    assert verdicts(tmp_path / "p", "vllm")["bias"] == "ok"
+
+
+@pytest.mark.parametrize("target", CHECKS)
+def test_variants_are_not_taken_for_lora(base: Path, tmp_path: Path, target: str) -> None:
+    save_adapter(tmp_path / "a", base, r=8, alora_invocation_tokens=[1, 2])
+    assert verdicts(tmp_path / "a", target) == {"method": "impossible"}

@@ -198,6 +198,8 @@ def test_trainable_tokens_are_task_vectors(place: Path, tmp_path: Path) -> None:
     [
         ("a d", {"method": "ties"}, "--density"),
         ("a d", {"method": "mean"}, "no method"),
+        ("a d", {"density": (0.5,)}, "--density: means nothing for linear"),
+        ("a d", {"majority_sign_method": "total"}, "--majority-sign-method: means nothing for linear"),
         ("a d", {"weights": (1.0,)}, "1 weights for 2"),
         ("a d", {"method": "ties", "density": (2.0,)}, "between|<= 1"),
         ("a b", {"space": "factors"}, "same r"),
@@ -291,7 +293,19 @@ def test_lora_files_are_merged_without_torch(place: Path, tmp_path: Path) -> Non
     )
     for method in ("linear", "cat", "svd", "ties", "dare_ties"):
         for space in ("delta", "factors"):
-            options = ["--method", method, "--space", space, "--density", "0.5", "-o", str(tmp_path / method / space)]
+            options = ["--method", method, "--space", space, "-o", str(tmp_path / method / space)]
+            options += ["--density", "0.5"] if "ties" in method else []
             command = [sys.executable, "-c", code, "merge", str(place / "a"), str(place / "d"), *options]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             assert done.stdout.splitlines()[-1] == "0 False"
+
+
+@pytest.mark.parametrize("method", [name for name in SVD_TYPES if "dare" not in name])
+def test_in_factor_space_svd_types_take_the_largest_rank_of_all(place: Path, tmp_path: Path, method: str) -> None:
+    """As in PEFT: also where the adapter of that rank leaves the module alone."""
+    save_adapter(tmp_path / "small", place / "base", r=2, lora_alpha=2, target_modules=["q_proj", "down_proj"], seed=9)
+    save_adapter(tmp_path / "two", place / "base", r=2, lora_alpha=2, target_modules=["down_proj"], seed=10)
+    density = (0.5,) if SVD_TYPES[method] != "linear" else ()
+    settings = MergeSettings(method=method, space="factors", density=density)
+    report = merge_adapters([tmp_path / "small", tmp_path / "two", place / "a"], tmp_path / "m", settings)
+    assert {row.rank for row in report.modules if "down_proj" in row.module} == {4}
