@@ -33,6 +33,7 @@ class Notes:
         merged: answers whose first token holds the end of the prompt, too.
         openings: assistant turns that open a conversation, which nothing asks for: not learnt.
         blanks: answers without a visible character beside others that have some: not learnt.
+        tokenless: words with a class that stand for no token (a blank, a zero-width character): not learnt.
         first: for each kind of note, the place where it was first seen.
     """
 
@@ -44,6 +45,7 @@ class Notes:
     merged: int = 0
     openings: int = 0
     blanks: int = 0
+    tokenless: int = 0
     first: dict[str, str] = field(default_factory=dict)
 
 

@@ -16,14 +16,15 @@ which.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal, TypeAlias
 
 from peftcli.data import task_formats
 from peftcli.data.values import objects, text
 from peftcli.errors import InputError, nearest, printable
+from peftcli.files import parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OPENING_ROLES = ("system", "developer")
@@ -160,9 +161,9 @@ def _tools(values: dict[str, Any]) -> list[dict[str, Any]] | None:
     tools = values.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"is not valid JSON: {error}", field="tools") from error
+            tools = parse_json(tools.encode())
+        except ValueError as error:
+            raise InputError(f"is {error}", field="tools") from error
     return objects(tools, "tools") if tools else None
 
 
@@ -201,8 +202,8 @@ def _call(call: dict[str, Any], column: str) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
+            arguments = parse_json(arguments.encode())
+        except ValueError:
             return call
         function = {**function, "arguments": arguments}
     return {**call, "function": function} if "function" in call else function
@@ -254,7 +255,7 @@ ALPACA_PROMPT = (
 
 def _alpaca(values: dict[str, Any], templated: bool) -> Example:
     instruction, output = text(values["instruction"], "instruction"), text(values["output"], "output")
-    given = text(values["input"], "input") if values.get("input") else ""
+    given = "" if values.get("input") is None else text(values["input"], "input")
     if templated:
         return _pair(f"{instruction}\n\n{given}" if given else instruction, output, values)
     prompt = ALPACA_PROMPT.format(
@@ -292,9 +293,18 @@ def _preference(values: dict[str, Any], templated: bool) -> Preference:
         chosen, rejected = (_prompt_completion(answer, templated) for answer in answers)
     else:
         chosen, rejected = (_conversation(_turns(values[name], name), values) for name in ("chosen", "rejected"))
+        if _asked(chosen) != _asked(rejected):
+            raise InputError(
+                "asks something else than `chosen`: the turns before the first answer differ", field="rejected"
+            )
     if chosen == rejected:
         raise InputError("is the same as `chosen`: there is nothing to prefer", field="rejected")
     return Preference(chosen, rejected)
+
+
+def _asked(conversation: Conversation) -> list[dict[str, Any]]:
+    """The turns before the first answer."""
+    return list(takewhile(lambda message: message["role"] != "assistant", conversation.messages))
 
 
 def _source_target(values: dict[str, Any], templated: bool) -> Completion:

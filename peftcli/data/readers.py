@@ -230,9 +230,10 @@ def _rows_of_batches(path: Path, record_batches: Callable[[], Iterator[Any]]) ->
                 for values in record_batch.slice(start, ROWS_PER_BATCH).to_pylist():
                     number += 1
                     yield Row(f"{path}: row {number}", values)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last: dates beyond Python's
         kind = path.suffix.lstrip(".").capitalize()
-        raise InputError(f"is not a whole {kind} file: {printable(error)}", place=path) from error
+        place = f"{path}: behind row {number}" if number else path
+        raise InputError(f"is no readable {kind} file: {printable(error)}", place=place) from error
 
 
 _TEXT_READERS = {

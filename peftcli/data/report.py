@@ -167,6 +167,7 @@ def warnings(notes: Notes, sources: list[SourceReport]) -> Iterator[str]:
         ("merged", "answers that share their first token with the end of the prompt"),
         ("openings", "assistant turns that open a conversation: they answer nothing and are not learnt"),
         ("blanks", "blank answers, not learnt"),
+        ("tokenless", "words that stand for no token, whose class is not learnt"),
     ):
         if count := getattr(notes, kind):
             yield f"{what}: {count} (first: {notes.first[kind]})"

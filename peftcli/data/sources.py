@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,17 +128,25 @@ def _split_of(file: Path) -> str:
 
 def _hub_table(source: DataSource, splits: tuple[str, ...], stream: bool = False) -> tuple[str, Any]:
     """The split that is taken of a hub data set, and the set itself."""
+    return _open_on_hub(source.path, source.name, (source.split,) if source.split else splits, stream)
+
+
+@cache
+def _open_on_hub(path: str, name: str | None, splits: tuple[str, ...], stream: bool) -> tuple[str, Any]:
+    """Once in a process: it is the same revision all along, and its servers are asked no more than they have to be."""
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
-        available = datasets.get_dataset_split_names(source.path, source.name)
-        wanted = (source.split,) if source.split else splits
-        split = next((name for name in wanted if name in available), wanted[0])
-        return split, datasets.load_dataset(source.path, source.name, split=split, streaming=stream)
+        available = datasets.get_dataset_split_names(path, name)
+        split = next((one for one in splits if one in available), splits[0])
+        return split, datasets.load_dataset(path, name, split=split, streaming=stream)
     except Exception as error:  # the hub library raises whatever its network and file layers do
+        why = f"{error}: {error.__cause__}" if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         raise InputError(
-            f"is no file or folder here, and can't be loaded as a data set of the hub: {printable(error)}",
-            place=source.path,
+            f"is no file or folder here, and can't be loaded as a data set of the hub: {printable(why, 500)}",
+            place=path,
             fix="check the path (it starts in the recipe's folder), the name, the configuration and the split",
         ) from error
 

@@ -71,7 +71,12 @@ class Stream:
         values = self._data.model_dump(mode="json")
         paths = [Path(source.path) for source in self._data.train]
         sizes = [path.stat().st_size for path in paths if path.is_file()]
-        return {**{f"data.{name}": values[name] for name in SETTINGS}, "data.train (bytes)": sizes}
+        weights = [source.weight for source in self._data.train]
+        return {
+            **{f"data.{name}": values[name] for name in SETTINGS},
+            "data.train (weight)": weights,
+            "data.train (bytes)": sizes,
+        }
 
     def _open(self, number: int) -> None:
         """Begin at the first row, and pass over the chunks before `number`."""
@@ -90,7 +95,10 @@ class Stream:
     def _in_turn(self) -> Iterator[tuple[int, Row]]:
         """A row of each source, and again, until all have ended; each with its source's number."""
         splits = PART_SPLITS["train"]
-        open_ones = [(index, read_source(source, splits, stream=True)) for index, source in enumerate(self._data.train)]
+        open_ones = [
+            (index, weighted(read_source(source, splits, stream=True), source.weight))
+            for index, source in enumerate(self._data.train)
+        ]
         while open_ones:
             for one in list(open_ones):
                 index, rows = one
@@ -99,3 +107,10 @@ class Stream:
                     yield index, found[0]
                 else:
                     open_ones.remove(one)
+
+
+def weighted(rows: Iterator[Row], weight: float) -> Iterator[Row]:
+    """Each row as often as the weight of its source says; of a fractional one, evenly spaced rows come once more."""
+    for number, row in enumerate(rows):
+        for _ in range(int((number + 1) * weight + 0.5) - int(number * weight + 0.5)):
+            yield row

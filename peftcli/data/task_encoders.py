@@ -115,6 +115,10 @@ class TagEncoder(TaskEncoder):
         for index, word in enumerate(words):
             if word is not None and (index == 0 or words[index - 1] != word):
                 found[index] = tags[word]
+        lost = {index for index, tag in enumerate(tags) if tag != IGNORED} - set(words)
+        if lost:
+            self.notes.tokenless += len(lost)
+            self.notes.first.setdefault("tokenless", place)
         supervised = found != IGNORED
         if not supervised.any():
             raise InputError("has no token that is learnt", place=place)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from peftcli.data.values import text
 from peftcli.errors import InputError, printable
 
 
@@ -42,7 +43,7 @@ class ChatTemplate:
             InputError: the template refuses the messages, or fails.
         """
         try:
-            return self._tokenizer.apply_chat_template(
+            rendered = self._tokenizer.apply_chat_template(
                 messages, tools=tools, add_generation_prompt=prompt, tokenize=False
             )
         except Exception as error:  # a template is foreign code: it may raise anything
@@ -52,6 +53,10 @@ class ChatTemplate:
                 place=place,
                 fix=f"the row's roles are {printable(roles)}",
             ) from error
+        try:
+            return text(rendered, "messages")
+        except InputError as error:  # of what nothing else looks into: a tool's schema, a call's arguments
+            raise error.at(place=place) from error
 
     def answer(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, index: int, place: str
@@ -62,14 +67,14 @@ class ChatTemplate:
             InputError: the template writes the turns before differently once the answer is there, so that what the
                 model would learn from is not what it is given later.
         """
-        text = self.render(messages[: index + 1], tools, place)
+        whole = self.render(messages[: index + 1], tools, place)
         prompt = self.render(messages[:index], tools, place, prompt=True)
-        if text.startswith(prompt):
-            return Answer(text, len(prompt), prompted=True)
+        if whole.startswith(prompt):
+            return Answer(whole, len(prompt), prompted=True)
         # The generation prompt may hold more than the beginning of every answer (`<think>`); the turns before may not.
         # Where it begins like this very answer (`<div>`), others tell where answers begin.
         others = (self.render([*messages[:index], {**messages[index], "content": one}], tools, place) for one in "ab")
-        start = min(_shared(one, prompt) for one in (text, *others))
+        start = min(_shared(one, prompt) for one in (whole, *others))
         before = self.render(messages[:index], tools, place)
         if start < _shared(before, prompt):
             raise InputError(
@@ -77,7 +82,7 @@ class ChatTemplate:
                 place=place,
                 fix="some templates put the system turn into the last user turn: write it there yourself",
             )
-        return Answer(text, start, prompted=False)
+        return Answer(whole, start, prompted=False)
 
 
 def _shared(first: str, second: str) -> int:

@@ -87,11 +87,6 @@ def _check_stream(recipe: Recipe) -> None:
         )
     if data.eval is not None and not isinstance(data.eval, tuple):
         raise contradiction("Nothing can be held out of a stream.", fix="name a file of its own in data.eval")
-    if any(source.weight != 1 for source in data.train):
-        raise contradiction(
-            "data.train: weight tells how often the samples of a source are seen in an epoch, which a stream can't hold to.",
-            fix="leave weight out (rows of several sources come in turn), or data.streaming",
-        )
     for name in ("eval_strategy", "save_strategy"):
         if getattr(training, name) == "epoch":
             raise contradiction(f"training.{name} is `epoch`, which a stream has no end of.", fix="choose steps or no")

@@ -285,6 +285,17 @@ def test_a_tool_call_stands_between_a_content_and_its_end_of_turn():
     assert sample.endswith("</tool_call><|im_end|>»\n")
 
 
+@pytest.mark.parametrize("where", ["arguments", "tools"])
+def test_half_a_surrogate_pair_is_refused_wherever_it_hides(where: str):
+    messages = turns("hello", "").messages
+    messages[1]["tool_calls"] = [
+        {"function": {"name": "f", "arguments": {"a": "\ud83d" if where == "arguments" else ""}}}
+    ]
+    conversation = Conversation(messages, [False, True], [{"name": "\ud83d"}] if where == "tools" else None)
+    with pytest.raises(InputError, match=r"rows\.jsonl:7: messages: holds half a surrogate pair"):
+        Encoder(family("chatml_tools"), "assistant").encode(conversation, "rows.jsonl:7")
+
+
 def test_ends_are_counted():
     encoder = Encoder(family("chatml"), "assistant")
     encoder.encode(TWO, "here")

@@ -84,9 +84,9 @@ BROKEN = [
     ("quotes.csv", b'a,b\n"1"x,2\n', ":2: not valid CSV"),
     ("header.csv", b"a,b,a\n1,2,3\n", ":1: column 'a' is named twice"),
     ("latin.csv", b"a\nb\ncaf\xe9\n", r":3: not UTF-8"),
-    ("fake.parquet", b"PAR1" + b"\0" * 50, r"fake\.parquet: is not a whole Parquet file"),
-    ("cut.arrow", b"ARROW1\0\0 nothing", r"cut\.arrow: is not a whole Arrow file"),
-    ("empty.parquet", b"", r"empty\.parquet: is not a whole Parquet file"),
+    ("fake.parquet", b"PAR1" + b"\0" * 50, r"fake\.parquet: is no readable Parquet file"),
+    ("cut.arrow", b"ARROW1\0\0 nothing", r"cut\.arrow: is no readable Arrow file"),
+    ("empty.parquet", b"", r"empty\.parquet: is no readable Parquet file"),
     ("cut.jsonl.gz", gzip.compress(GOOD * 1000, mtime=0)[:-20], r"cut\.jsonl\.gz: is not a whole gzip file"),
     ("plain.jsonl.gz", GOOD, r"plain\.jsonl\.gz: is not a whole gzip file"),
     ("bomb.jsonl.gz", gzip.compress(b" " * (64 << 20)), r"bomb\.jsonl\.gz: unpacks to more than 200 times its size"),
@@ -104,6 +104,13 @@ def test_broken_files(tmp_path, name, raw, message):
     path.write_bytes(raw)
     with pytest.raises(InputError, match=message):
         list(read_file(path))
+
+
+def test_dates_that_python_does_not_have_are_refused_by_file(tmp_path):
+    rows = {"text": ["a", "b"], "day": pyarrow.array([1, 1 << 30], pyarrow.date32())}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "dates.parquet")
+    with pytest.raises(InputError, match=r"dates\.parquet: is no readable Parquet file: days=1073741824"):
+        list(read_file(tmp_path / "dates.parquet"))
 
 
 def test_only_regular_files_are_opened(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,21 @@ def test_every_row_comes_once_an_epoch_those_of_several_sources_in_turn(tmp_path
     chunks = [["0 one", "0 two", "1 one", "1 two"], ["2 one", "3 one", "4 one"]]
     assert [epoch_of(stream, epoch) for epoch in range(3)] == [chunks] * 3
     assert asked(Stream(data, family("chatml")), 7, 1) == (chunks[1], True)  # as after a resume
+
+
+def test_rows_come_as_often_as_their_sources_weigh_the_same_after_a_resume(tmp_path: Path) -> None:
+    paths = write(tmp_path, "one", 3), write(tmp_path, "two", 5), write(tmp_path, "three", 3)
+    weights = (2, 0.4, 1.5)
+    sources = [{"path": path, "weight": weight} for path, weight in zip(paths, weights, strict=True)]
+    data = DataSection.model_validate({"train": sources, "streaming": True, "buffer_size": 4})
+    chunks = epoch_of(Stream(data, family("chatml")), 0)
+    assert [len(chunk) for chunk in chunks] == [4, 4, 4, 1]
+    counts = Counter(name for chunk in chunks for name in chunk)
+    assert [counts[f"{number} one"] for number in range(3)] == [2, 2, 2]
+    assert [counts[f"{number} two"] for number in range(5)] == [0, 1, 0, 1, 0]
+    assert [counts[f"{number} three"] for number in range(3)] == [2, 1, 2]
+    for number, chunk in enumerate(chunks):
+        assert asked(Stream(data, family("chatml")), 0, number) == (chunk, number == 3)
 
 
 def test_a_full_last_chunk_is_known_to_be_the_last(tmp_path: Path) -> None:
@@ -100,7 +116,6 @@ def test_the_first_rows_are_audited(tmp_path: Path) -> None:
 REFUSED = {
     "max_steps": ({"training": {"max_steps": -1}}, "needs training.max_steps"),
     "held out": ({"data": {"eval": {"split": 0.1}}}, "Nothing can be held out"),
-    "weight": ({"data": {"train": [{"path": "one.jsonl", "weight": 2.0}]}}, "weight"),
     "eval_strategy": ({"training": {"eval_strategy": "epoch"}}, "training.eval_strategy"),
     "save_strategy": ({"training": {"save_strategy": "epoch"}}, "training.save_strategy"),
     "classes": ({"model": {"task_type": "SEQ_CLS"}}, "model.labels"),

@@ -55,6 +55,12 @@ def test_a_words_class_is_learnt_at_its_first_token() -> None:
     assert (batch["labels"][0] != -100).sum() == 3
 
 
+def test_words_without_a_token_are_counted() -> None:
+    row = {"tokens": ["red", "", "cat", " "], "tags": ["O", "B-X", "O", "O"]}
+    encoder, sample = encoded("TOKEN_CLS", "tokens", row)
+    assert sample.supervised.sum() == 2 and encoder.notes.tokenless == 2 and encoder.notes.first["tokenless"] == "here"
+
+
 QUESTION = {
     "question": "what runs",
     "context": "the red cat runs the blue dog sleeps the green bird eats",
