@@ -124,14 +124,12 @@ def train_ours(options: argparse.Namespace, data: list[Sample]) -> dict[str, Any
     from peftcli.data.tokens import TokenDataset
     from peftcli.recipe.schema import ModelSection, QuantizationSection
     from peftcli.recipe.training_section import TrainingSection
-    from peftcli.training.batches import Window
+    from peftcli.training.feed import Feed
     from peftcli.training.loop import Trainer
     from peftcli.training.model import load_base
     from peftcli.training.strategies.plain import Strategy
 
-    class InOrder(Trainer):
-        def _windows(self, epoch: int) -> list[Window]:
-            return [[list(range(start, start + ROWS))] for start in range(0, len(data), ROWS)]
+    in_order = [[list(range(start, start + ROWS))] for start in range(0, len(data), ROWS)]
 
     bits = {4: QuantizationSection(load_in_4bit=True)}.get(options.bits)
     base = load_base(ModelSection(name_or_path=str(options.work / BASE), dtype=options.dtype), bits)
@@ -148,7 +146,14 @@ def train_ours(options: argparse.Namespace, data: list[Sample]) -> dict[str, Any
             save_strategy="no",
             load_best_model_at_end=False,
         )
-        trainer = InOrder(model, dataset, settings, Path(folder), strategy=Strategy(settings))
+        trainer = Trainer(
+            model,
+            dataset,
+            settings,
+            Path(folder),
+            strategy=Strategy(settings),
+            feed=lambda data, _: Feed(data, lambda *_: in_order),
+        )
         with watched(measured):
             trainer.train()
     return measured
