@@ -74,7 +74,7 @@ def bias_tensors(attached: Attached, name: str) -> dict[str, Tensor]:
     if name not in attached.biases:
         return {}
     biases = attached.biases[name]
-    paths = {module: path for path, module in attached.root.named_modules()}
+    paths = {module: path for path, module in attached.modules()}
     return {
         f"{attached.key_prefix}{paths[module]}.{parameter}": trained
         for (module, parameter), trained in zip(biases.owners, biases.trained, strict=True)
@@ -85,8 +85,8 @@ def embedding_tensors(attached: Attached) -> dict[str, Tensor]:
     """The base's input and output embeddings by their key in the file, where they are not owned by an adapter."""
     found = {}
     for module in embeddings(attached.root):
-        for path, candidate in attached.root.named_modules():
-            inner = getattr(candidate, "base_layer", candidate)
+        for path, candidate in attached.modules():
+            inner: Any = getattr(candidate, "base_layer", candidate)
             if (
                 module is not None
                 and module in (candidate, inner)

@@ -70,6 +70,10 @@ class Attached:
     def __post_init__(self) -> None:
         self.base = fingerprint(self.root)
 
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """(path in the model, module) but for what holds the adapters' tensors at adapted modules."""
+        return _walk(self.root)
+
     def layers(self) -> Iterator[tuple[str, AdapterLayer]]:
         """(path in the model, layer) of every adapted module."""
         return ((path, m) for path, m in _walk(self.root) if isinstance(m, AdapterLayer))
