@@ -20,7 +20,7 @@ from torch import Tensor, nn  # noqa: TID253
 from torch.nn.functional import scaled_dot_product_attention  # noqa: TID253
 
 from peftcli.adapters.engine import attached_to, user_model
-from peftcli.training.short_attention import ShortAttention, is_short
+from peftcli.training.blocked_attention import BlockedAttention, is_quicker
 
 NAME = "peftcli_segments"
 """The attention's name in transformers' registry."""
@@ -63,8 +63,8 @@ def segment_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     parts = []
     for q, k, v in zip(*(x.split(list(segment_lengths), dim=2) for x in (query, key, value)), strict=True):
-        if is_short(q, dropout):
-            parts.append(ShortAttention.apply(q, k, v, scale))
+        if is_quicker(q, dropout):
+            parts.append(BlockedAttention.apply(q, k, v, scale))
         else:
             grouped = q.shape[1] != k.shape[1]
             part = scaled_dot_product_attention(

@@ -12,9 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from peftcli import LoraConfig, get_peft_model
 from peftcli.adapters.registry import config_class
+from peftcli.training.blocked_attention import BLOCK, KEPT, BlockedAttention
 from peftcli.training.loop import checkpoint_activations
 from peftcli.training.losses import CausalLMLoss
-from peftcli.training.short_attention import ShortAttention
 from peftcli.training.unpadded import NAME
 from training.test_losses import assert_same, gradients, plain_loss
 from training.tiny import VOCABULARY, random_batch, tiny_llama, tiny_model, trainer
@@ -138,8 +138,8 @@ def test_the_models_own_attention_comes_back(tmp_path: Path) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("length", [1, 7, 64])
-def test_short_attention_is_attention(length: int) -> None:
+@pytest.mark.parametrize("length", [1, 2, 37, BLOCK, BLOCK + 1, KEPT, KEPT + 1, 3 * BLOCK])
+def test_attention_by_blocks_is_attention(length: int) -> None:
     """In bfloat16 as near to the float64 truth as torch's kernel, values and gradients."""
     torch.manual_seed(0)
     exact = [torch.randn(1, heads, length, 16, dtype=torch.float64) for heads in (6, 2, 2)]
@@ -155,7 +155,7 @@ def test_short_attention_is_attention(length: int) -> None:
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ShortAttention.apply(q, k, v, 0.3)
+        return BlockedAttention.apply(q, k, v, 0.3)
 
     for same, truth in zip(run(ours, torch.float64), run(torchs, torch.float64), strict=True):
         torch.testing.assert_close(same, truth)
