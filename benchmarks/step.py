@@ -16,6 +16,7 @@ def training_step(model: Any, lengths: Sequence[int]) -> Callable[[], None]:
     import torch
 
     from peftcli.training.losses import CausalLMLoss
+    from peftcli.training.sparing import sparing
 
     shape = len(lengths), max(lengths)
     ids = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
@@ -25,7 +26,8 @@ def training_step(model: Any, lengths: Sequence[int]) -> Callable[[], None]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> None:
-        (loss(batch) / sum(lengths)).backward()
+        with sparing(model):
+            (loss(batch) / sum(lengths)).backward()
         loss.release()
         optimizer.step()
         optimizer.zero_grad()

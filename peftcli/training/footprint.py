@@ -29,6 +29,7 @@ from peftcli.training.model import open_base
 from peftcli.training.optimizers import build_optimizer
 from peftcli.training.outline import adapted
 from peftcli.training.quantized import quantized_bytes
+from peftcli.training.sparing import sparing
 from peftcli.training.strategies.fsdp import find_layers
 from peftcli.training.unpadded import Unpadded
 
@@ -174,9 +175,9 @@ def footprint(
         vocabulary = base.config.get_text_config().vocab_size
         if recipe.training.gradient_checkpointing:
             checkpoint_activations(model)
-
+        spares = not recipe.training.gradient_checkpointing and sharded_over == 1
         step, attention = LiveBytes(held, vocabulary), Unpadded(model)
-        with step:
+        with step, sparing(model) if spares else nullcontext():
             loss = _loss(model, train, recipe.training, attention)
             forward = step.from_heap
             loss.backward()

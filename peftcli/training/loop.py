@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from peftcli.training.optimizers import build_optimizer, build_scheduler
 from peftcli.training.progress import peak_memory
 from peftcli.training.reports import Outcome, StepReport
 from peftcli.training.signals import Interrupted
+from peftcli.training.sparing import sparing
 from peftcli.training.strategies.plain import Strategy
 
 
@@ -118,6 +120,7 @@ class Trainer:
         )
 
     def _prepare(self) -> None:
+        self._spares = not (self.settings.gradient_checkpointing or self.strategy.shards_base)
         if self.settings.gradient_checkpointing:
             checkpoint_activations(self.model)
         self.adapters = attached_to(user_model(self.model))
@@ -157,9 +160,10 @@ class Trainer:
             self.model.train()
             self._logged_at, self._logged_tokens = time.perf_counter(), self.progress.tokens
             self._began = self._logged_at - self.progress.seconds
-            for window in self._remaining_windows():
-                signal_number = self._step(window)
-                self._after_step(signal_number)
+            with sparing(self.model) if self._spares else nullcontext():
+                for window in self._remaining_windows():
+                    signal_number = self._step(window)
+                    self._after_step(signal_number)
         finally:
             self._bare_loss.release()
             self._call("on_train_end")
