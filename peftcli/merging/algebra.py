@@ -174,6 +174,8 @@ def stack(updates: Sequence[LowRank]) -> LowRank:
 def padded(factors: LowRank, rank: int) -> LowRank:
     """The same product with rows and columns of zeros."""
     missing = rank - factors.rank
+    if not missing:
+        return factors
     a, b = numpy.pad(factors.a, ((0, missing), (0, 0))), numpy.pad(factors.b, ((0, 0), (0, missing)))
     return LowRank(a, b)
 

@@ -220,7 +220,7 @@ class _Merge:
         method, rank = self.settings.method, self.settings.rank
         weights = [self.weights[index] for index in here]
         if self.settings.space == "factors" and method not in SVD_TYPES:
-            return self._in_factors(name, here, rank)
+            return self._in_factors(name, here, rank, stacked)
         if self.settings.operator == "linear" and stacked is not None:
             ranks = [update.rank for update in updates]
             total = stacked.weighted(numpy.repeat(weights, ranks))
@@ -242,7 +242,7 @@ class _Merge:
         ranks = [update.rank for update in updates]
         return Rank(number=max(ranks) if self.settings.method in SVD_TYPES else sum(ranks))
 
-    def _in_factors(self, name: str, here: list[int], rank: Rank | None) -> Compressed:
+    def _in_factors(self, name: str, here: list[int], rank: Rank | None, stacked: LowRank | None) -> Compressed:
         factors, scalings = [], []
         for index in here:
             source = self.sources[index]
@@ -256,7 +256,12 @@ class _Merge:
             scalings.append(self.weights[index] * adapter.scaling)
         a, b = combine_factors(factors, scalings, self.settings.method, self.operator_settings(name, here), place=name)
         product = LowRank(a, b)
-        return compress(product, rank, self.generator(name)) if rank else Compressed(product, 1.0, product.norm())
+        if rank:
+            return compress(product, rank, self.generator(name))
+        same = product
+        if self.settings.method == "cat" and stacked is not None:  # the exact sum, whose Gram matrices are known
+            same = stacked.weighted(numpy.repeat([self.weights[index] for index in here], [len(a) for a, _ in factors]))
+        return Compressed(product, 1.0, same.norm())
 
     # -- what is trained in full ----------------------------------------------------------------------------------
 
