@@ -11,14 +11,13 @@ from typing import Any
 from peftcli import __version__
 from peftcli.adapters.audit import WEIGHTS_NAME
 from peftcli.adapters.config import CONFIG_NAME
-from peftcli.adapters.keys import PREFIX
 from peftcli.errors import InputError, InputErrors, printable
 from peftcli.export.merged import KINDS, TOKENIZER_FILES
 from peftcli.lazy import numpy, torch
 from peftcli.merging.algebra import Compressed, LowRank, Rank, compress
 from peftcli.merging.base_weights import BaseWeights
 from peftcli.merging.copies import copy_fields
-from peftcli.merging.lora_file import lora_config, module_tensors, write_config
+from peftcli.merging.lora_file import copy_key, lora_config, module_tensors, write_config
 from peftcli.merging.output import new_folder, require_free
 from peftcli.merging.report import base_label, front_matter
 from peftcli.merging.source import Source
@@ -106,7 +105,7 @@ def export_lora(
                 for key, tensor in module_tensors(shape, pairs, ranks[module], factors).items():
                     writer.add(key, tensor if dtype is None else torch.from_numpy(tensor).to(getattr(torch, dtype)))
             for name, info in sorted(source.copies.items()):
-                writer.add(PREFIX + name, source.read(info))
+                writer.add(copy_key(name, factors), source.read(info))
         fields: dict[str, Any] = copy_fields([source])
         write_config(folder, lora_config([source.config], ranks, **fields))
         _copy_beside(adapter, folder, card=False)

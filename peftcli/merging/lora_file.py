@@ -55,6 +55,12 @@ def lora_tensors(shape: SiteShape, factors: LowRank) -> dict[str, NDArray[Any]]:
     return {f"{prefix}lora_A.weight": a, f"{prefix}lora_B.weight": b}
 
 
+def copy_key(name: str, modules: Iterable[str]) -> str:
+    """The key of a tensor trained in full, by its name in the base: an adapted module's own bias lies behind `base_layer`."""
+    module, _, leaf = name.rpartition(".")
+    return f"{PREFIX}{module}.base_layer.{leaf}" if module in modules else PREFIX + name
+
+
 def lora_config(parents: list[PeftConfig], ranks: Mapping[str, int], **fields: Any) -> LoraConfig:
     """The config of factors whose scaling is 1: alpha is the rank everywhere.
 

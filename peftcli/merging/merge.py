@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, cast
 from peftcli.adapters.audit import WEIGHTS_NAME
 from peftcli.adapters.base import SiteShape
 from peftcli.adapters.config import CONFIG_NAME
-from peftcli.adapters.keys import PREFIX
 from peftcli.adapters.methods.lora import Lora
 from peftcli.errors import InputError, InputErrors, printable
 from peftcli.lazy import numpy
@@ -25,7 +24,7 @@ from peftcli.merging.algebra import Dense as DenseUpdate
 from peftcli.merging.base_weights import BaseWeights
 from peftcli.merging.copies import check_full_weights, copy_fields, merged_copy
 from peftcli.merging.factors import combine_factors
-from peftcli.merging.lora_file import lora_config, module_tensors, write_config
+from peftcli.merging.lora_file import copy_key, lora_config, module_tensors, write_config
 from peftcli.merging.operators import OPERATORS, SVD_TYPES, Settings
 from peftcli.merging.output import new_folder, require_free
 from peftcli.merging.report import MergeReport, ModuleReport, card, write_report
@@ -268,9 +267,10 @@ class _Merge:
     def full_weights(self, writer: TensorWriter, base: BaseWeights) -> None:
         """Writes modules and biases trained in full, and trainable tokens."""
         operator = self.settings.operator
+        modules = {module for source in self.sources for module in source.paths}
         for name in sorted({name for source in self.sources for name in source.copies}):
             how = self.operator_settings(name)
-            writer.add(PREFIX + name, merged_copy(name, self.sources, self.weights, operator, how, base))
+            writer.add(copy_key(name, modules), merged_copy(name, self.sources, self.weights, operator, how, base))
         for module, tokens in token_modules(self.sources).items():
             how = self.operator_settings(module)
             writer.add(*merged_rows(module, tokens, self.sources, self.weights, operator, how, base))

@@ -46,7 +46,7 @@ def merged_rows(
     """
     original = base.array(f"{module}.weight")[numpy.array(tokens)]
     place = {token: row for row, token in enumerate(tokens)}
-    changes, here = [], []
+    changes, here, density = [], [], []
     for index, source in enumerate(sources):
         for part in source.companions:
             path = next(iter(part.modules))
@@ -56,7 +56,9 @@ def merged_rows(
                 change[rows] = source.array(part.modules[path][KEY]) - original[rows]
                 changes.append(change)
                 here.append(index)
-    density = [settings.density[index] for index in here] if settings.density else ()
+                if settings.density:  # of its own rows: those of other adapters' tokens are zero here
+                    own = len(rows) / len(tokens) if kind in ("ties", "magnitude_prune") else 1.0
+                    density.append(settings.density[index] * own)
     chosen = Settings(density, settings.majority_sign_method, settings.generator)
     merged = original + OPERATORS[kind](changes, [weights[index] for index in here], chosen)
     return f"{PREFIX}{module}.{KEY}", merged

@@ -14,6 +14,7 @@ from merging.lab import assert_same, deltas, load, load_base, logits, save_adapt
 from safetensors.torch import load_file, save_file
 
 from peftcli.errors import InputError
+from peftcli.export.lora import export_lora
 from peftcli.merging.algebra import Rank
 from peftcli.merging.merge import merge_adapters
 from peftcli.merging.operators import COMBINATION_TYPES, OPERATORS, SVD_TYPES, Settings
@@ -180,6 +181,31 @@ def test_modules_trained_in_full_are_task_vectors(place: Path, tmp_path: Path) -
     load(place / "base", tmp_path / "m")
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_are_task_vectors(tmp_path: Path, bias: str) -> None:
+    """Those of adapted modules and of others: the result loads, and computes with them."""
+    base = save_base(tmp_path / "base", attention_bias=True)
+    for index in range(2):
+        targets = ["q_proj", "v_proj"][: 2 - index] if bias == "all" else ["q_proj"]
+        save_adapter(tmp_path / f"{index}", base, r=2, bias=bias, target_modules=targets, seed=20 + index)
+    folders = [tmp_path / "0", tmp_path / "1"]
+    merge_adapters(folders, tmp_path / "m", MergeSettings(weights=(0.5, 0.25)), base=base)
+    found = [biases(base, folder) for folder in (*folders, tmp_path / "m")]
+    original = {name: tensor for name, tensor in load_file(base / "model.safetensors").items() if name in found[2]}
+    assert original.keys() == found[2].keys()
+    for name, bare in original.items():
+        wanted = bare + 0.5 * (found[0][name] - bare) + 0.25 * (found[1][name] - bare)
+        torch.testing.assert_close(found[2][name], wanted)
+    export_lora(tmp_path / "0", tmp_path / "l", portable=False)
+    torch.testing.assert_close(logits(load(base, tmp_path / "l")), logits(load(base, tmp_path / "0")))
+
+
+def biases(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """The biases of base + adapter by their name in the base."""
+    merged = load(base, adapter).merge_and_unload().state_dict()
+    return {name: tensor for name, tensor in merged.items() if name.endswith("bias")}
+
+
 def test_trainable_tokens_are_task_vectors(place: Path, tmp_path: Path) -> None:
     for index, tokens in enumerate(([7, 3], [3, 11])):
         save_adapter(tmp_path / f"{index}", place / "base", r=2, trainable_token_indices=tokens, seed=30 + index)
@@ -191,6 +217,10 @@ def test_trainable_tokens_are_task_vectors(place: Path, tmp_path: Path) -> None:
     assert_same(deltas(place / "base", tmp_path / "m"), total((0.5, parts[0]), (0.25, parts[1])))
     config = json.loads((tmp_path / "m/adapter_config.json").read_text())
     assert config["trainable_token_indices"] == [3, 7, 11]
+    settings = MergeSettings(method="magnitude_prune", density=(0.5,))
+    merge_adapters(folders, tmp_path / "half", settings, base=place / "base")
+    kept = deltas(place / "base", tmp_path / "half")["model.embed_tokens"]
+    assert int((kept[:, 7] != 0).sum() + (kept[:, 11] != 0).sum()) <= 32  # each adapter keeps half of its own two rows
 
 
 @pytest.mark.parametrize(
