@@ -18,8 +18,8 @@ from peftcli.adapters.module_layer import ModuleSite
 from peftcli.adapters.prompt_base import PromptLearningConfig
 from peftcli.adapters.registry import adapter_class, adapter_class_of
 from peftcli.adapters.sites import LinearSite, ParameterSite, Site, TransposedSite, site_for
-from peftcli.adapters.targets import default_targets, matches, select, unmatched_patterns, unmatched_targets
-from peftcli.errors import InputError, printable
+from peftcli.adapters.targets import default_targets, matches, select, unmatched_targets
+from peftcli.errors import InputError
 
 TASK_HEADS = frozenset(head for heads in HEADS.values() for head in heads)
 
@@ -49,8 +49,6 @@ def plan_sites(model: nn.Module, config: TunerConfig) -> list[tuple[Site, Adapte
             planned.append((out, out.adapter(method, config)))
     method.arrange([adapter for _, adapter in planned])
     planned += _parameter_sites(config, base)
-    for field, key in unmatched_patterns(config, [adapter.shape.name for _, adapter in planned]):
-        warnings.warn(f"{field}: `{printable(key, 200)}` matches no module that is adapted", stacklevel=4)
     for companion in config.companions():
         companion.validate()
         planned += plan_sites(model, companion)

@@ -17,7 +17,7 @@ from peftcli.adapters.expressions import fullmatch
 from peftcli.errors import InputError, printable
 
 if TYPE_CHECKING:
-    from peftcli.adapters.config import TunerConfig
+    from peftcli.adapters.config import PeftConfig, TunerConfig
 
 Value = TypeVar("Value")
 
@@ -102,9 +102,9 @@ def unmatched_targets(config: TunerConfig, chosen: Iterable[str]) -> list[str]:
     return sorted(set(config.target_modules) - endings - {DUMMY_TARGET_MODULES})
 
 
-def unmatched_patterns(config: TunerConfig, chosen: Iterable[str]) -> Iterator[tuple[str, str]]:
+def unmatched_patterns(config: PeftConfig, adapted: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Field and key of every entry of `rank_pattern` and `alpha_pattern` that means no adapted module."""
-    names = list(chosen)
+    names = list(adapted)
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field, None) or {}:
             if not any(pattern_value({key: True}, name, False, field=field) for name in names):

@@ -22,6 +22,7 @@ from peftcli.launchers.run import run as run_processes
 from peftcli.launchers.run import worker_arguments
 from peftcli.recipe.load import dump_recipe
 from peftcli.recipe.task_rules import task_of
+from peftcli.training.schedule import total_steps
 
 if TYPE_CHECKING:
     from peftcli.data.prepare import Prepared, Progress
@@ -218,7 +219,7 @@ def _steps(recipe: Recipe, prepared: Prepared, processes: int) -> int:
     if training.max_steps < 0:
         windows = training_windows(prepared.train, training, 0, world_size=processes, row_length=row_length(recipe))
         per_epoch = len(windows)
-    steps = training.total_steps(per_epoch)
+    steps = total_steps(training, per_epoch)
     if config is not None:
         try:
             copy.deepcopy(config).begin_training(steps)

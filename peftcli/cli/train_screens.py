@@ -11,6 +11,7 @@ from peftcli.cli import console
 from peftcli.errors import printable
 from peftcli.inspection.recipe import method_line
 from peftcli.recipe.task_rules import task_of
+from peftcli.training.schedule import warmup_steps
 
 if TYPE_CHECKING:
     from peftcli.cli.train_run import Setup
@@ -32,7 +33,7 @@ def show(setup: Setup) -> None:
     for warning in report.warnings:
         console.say(f"  note  {warning}", style="yellow")
     console.facts("plan", _plan(setup))
-    if request.recipe.training.warmup_of(setup.steps) >= setup.steps > 1:
+    if warmup_steps(request.recipe.training, setup.steps) >= setup.steps > 1:
         console.say("  note  the learning rate never reaches its peak: all steps are to warm up", style="yellow")
     _show_memory(setup.memory)
     console.say()
@@ -129,7 +130,7 @@ def _plan(setup: Setup) -> Iterator[tuple[str, str]]:
     launcher = setup.request.recipe.launcher
     machines = f" on {launcher.num_machines} machines, this is {launcher.machine_rank}" * (launcher.num_machines > 1)
     yield "batch", f"{batch} x {accumulation} accumulated x {setup.processes} processes{machines}{packed}"
-    warmup = training.warmup_of(setup.steps)
+    warmup = warmup_steps(training, setup.steps)
     yield "steps", f"{setup.steps:,}, {warmup:,} of them to warm up"
     yield "rate", f"{training.learning_rate:g}, {training.lr_scheduler_type}, {training.optim}"
     kept = "all kept" if training.save_total_limit is None else f"{training.save_total_limit} kept"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -128,13 +127,3 @@ class TrainingSection(Section):
     """Seed of initialisation, dropout and, unless data_seed is set, the order of the data."""
     data_seed: Seed | None = None
     """Seed of the order of the data."""
-
-    def total_steps(self, steps_per_epoch: int | None) -> int:
-        """Optimizer steps of the run; those of an epoch may be unknown where `max_steps` is set."""
-        if steps_per_epoch is None or self.max_steps > 0:
-            return self.max_steps
-        return math.ceil(self.num_train_epochs * steps_per_epoch)
-
-    def warmup_of(self, steps: int) -> int:
-        """Those of a run's steps in which the learning rate rises."""
-        return self.warmup_steps or math.ceil(self.warmup_ratio * steps)

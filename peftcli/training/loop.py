@@ -34,6 +34,7 @@ from peftcli.training.objectives.base import Objective
 from peftcli.training.optimizers import build_optimizer, build_scheduler
 from peftcli.training.progress import peak_memory
 from peftcli.training.reports import Outcome, StepReport
+from peftcli.training.schedule import total_steps
 from peftcli.training.signals import Interrupted
 from peftcli.training.sparing import sparing
 from peftcli.training.strategies.plain import Strategy
@@ -111,7 +112,7 @@ class Trainer:
         self.stopped: str | None = None
         self._began, self._logged_at, self._logged_tokens = 0.0, 0.0, 0
         self.feed = feed(train_data, self._make_windows)
-        self.total_steps = settings.total_steps(self.feed.steps_per_epoch)
+        self.total_steps = total_steps(settings, self.feed.steps_per_epoch)
         self._prepare()
 
     def _make_windows(self, data: TokenDataset, order: int) -> list[Window]:

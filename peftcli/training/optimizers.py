@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler  # noqa: TID253
 
 from peftcli.errors import InputError, nearest, printable
 from peftcli.training.quantized import require_bitsandbytes
+from peftcli.training.schedule import warmup_steps
 
 if TYPE_CHECKING:
     from peftcli.recipe.training_section import TrainingSection
@@ -182,7 +183,7 @@ def build_scheduler(optimizer: Optimizer, settings: TrainingSection, steps: int)
         return get_scheduler(
             settings.lr_scheduler_type,
             optimizer,
-            num_warmup_steps=settings.warmup_of(steps),
+            num_warmup_steps=warmup_steps(settings, steps),
             num_training_steps=steps,
             scheduler_specific_kwargs=dict(settings.lr_scheduler_kwargs),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 
 import torch  # noqa: TID253
@@ -11,7 +12,8 @@ from torch import nn  # noqa: TID253
 from peftcli import get_peft_model
 from peftcli.adapters.config import PeftConfig, TaskType
 from peftcli.adapters.engine import adapters_of
-from peftcli.errors import InputError, InputErrors
+from peftcli.adapters.targets import unmatched_patterns
+from peftcli.errors import InputError, InputErrors, printable
 from peftcli.recipe.adapter_section import settable
 from peftcli.recipe.schema import Recipe
 from peftcli.training.model import open_base
@@ -71,8 +73,13 @@ def adapted(model: nn.Module, config: PeftConfig, task_type: str) -> nn.Module:
     config = copy.deepcopy(config)
     config.task_type = TaskType(task_type)
     try:
-        return get_peft_model(model, config, low_cpu_mem_usage=True)
+        model = get_peft_model(model, config, low_cpu_mem_usage=True)
     except InputError as error:
         if isinstance(error, InputErrors) or error.field not in set(settable(type(config))):
             raise
         raise error.at(field=f"adapter.{error.field}") from None
+    attached = adapters_of(model)
+    named = [adapter.shape.name for name in attached.configs for adapter, _ in attached.sites(name)]
+    for field, key in unmatched_patterns(config, named):
+        warnings.warn(f"adapter.{field}: `{printable(key, 200)}` matches no module that is adapted", stacklevel=2)
+    return model

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from peftcli.errors import InputError
-from peftcli.training.optimizers import build_optimizer, build_scheduler, loraplus_groups, plain_groups, warmup_steps
+from peftcli.training.optimizers import build_optimizer, build_scheduler, loraplus_groups, plain_groups
+from peftcli.training.schedule import warmup_steps
 from training.tiny import settings
 
 

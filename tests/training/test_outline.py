@@ -62,3 +62,14 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         outline(recipe(base, adapter, **training))
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_means_nothing_is_told(base: Path, field: str) -> None:
+    adapter = {"method": "lora", "target_modules": ["q_proj"], field: {"q_proj": 2, "layers.1.q_proj": 3, "k_proj": 2}}
+    with pytest.warns(UserWarning) as said:
+        outline(recipe(base, adapter))
+    found = [str(warning.message) for warning in said if "adapted" in str(warning.message)]
+    assert found == [
+        f"adapter.{field}: `{key}` matches no module that is adapted" for key in ("layers.1.q_proj", "k_proj")
+    ]
