@@ -137,7 +137,7 @@ def run(request: Request) -> None:
     elif request.as_json:
         console.say_json(asdict(result))
     else:
-        train_screens.show_result(request.file, result)
+        train_screens.show_result(request.recipe, result)
 
 
 def _say_done_elsewhere(machine: int, as_json: bool) -> None:

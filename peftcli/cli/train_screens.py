@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from peftcli.cli import console
 from peftcli.errors import printable
 from peftcli.inspection.recipe import method_line
+from peftcli.recipe.adapter_section import FULL
 from peftcli.recipe.task_rules import task_of
 from peftcli.training.schedule import warmup_steps
 
 if TYPE_CHECKING:
     from peftcli.cli.train_run import Setup
     from peftcli.data.report import PartReport
+    from peftcli.recipe.schema import Recipe
     from peftcli.training.plan import MemoryPlan
     from peftcli.training.publish import RunResult
 
@@ -63,7 +65,7 @@ def _target(setup: Setup) -> str:
     return f" -> {printable(labels[targets[0, 0]])}" if labels else f" -> tokens {targets[0, 0]} to {targets[0, 1]}"
 
 
-def show_result(file: str, result: RunResult) -> None:
+def show_result(recipe: Recipe, result: RunResult) -> None:
     """What came out, and what to type next."""
     rows: list[tuple[str, Any]] = [("steps", f"{result.steps} in {console.duration(result.seconds)}")]
     if result.stopped:
@@ -75,13 +77,14 @@ def show_result(file: str, result: RunResult) -> None:
             "speed",
             f"{result.tokens / max(result.seconds, 1e-9):,.0f} tokens/s, peak memory {console.size(result.memory)}",
         ),
-        ("adapter", result.folder),
+        ("model" if recipe.adapter.method == FULL else "adapter", result.folder),
         ("verified", result.verified),
         ("losses", result.plot),
     ]
     console.say()
     console.facts("done", rows)
-    console.facts("next", [("", f"peft eval {result.folder}"), ("", f"peft inspect {result.folder}")])
+    inspect = None if recipe.adapter.method == FULL else f"peft inspect {result.folder}"
+    console.facts("next", [("", f"peft eval {result.folder}"), ("", inspect)])
 
 
 def _model(setup: Setup) -> Iterator[tuple[str, str]]:

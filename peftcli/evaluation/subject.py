@@ -96,7 +96,12 @@ class Subject:
         section = self._section(path, format, max_samples)
         with tempfile.TemporaryDirectory(prefix="peft-eval-") as folder:
             found = prepare(section, tokenizer, folder=Path(folder), seed=0, task=self.task, labels=self.model.labels)
-        return found.train, [*found.report.warnings, *self.overlap(found.train)]
+        told = [*found.report.warnings, *self.overlap(found.train)]
+        if self.task == "QUESTION_ANS" and len(found.train) > sum(source.rows for source in found.report.train.sources):
+            told.append(
+                "long contexts are cut into windows: each is a question of its own, without an answer where it has none"
+            )
+        return found.train, told
 
     def has_held_out(self, data: TokenDataset) -> bool:
         """Whether every sample of `data` was held out by the run that trained the adapter."""

@@ -37,7 +37,8 @@ def _draw(axes: Any, row: Row) -> None:
     colours = [colour(place) for place in range(len(values))]
     bars = axes.barh(range(len(values)), values, xerr=errors, color=colours, capsize=3, height=0.7)
     axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=4, fontsize=7)
-    axes.set_xlim(min(0.0, *values), max(0.0, *values) * 1.2 or 1.0)
+    ends = (value + error for value, error in zip(values, errors, strict=True))
+    axes.set_xlim(min(0.0, *values), max(0.0, *ends) * 1.2 or 1.0)
     axes.invert_yaxis()
     arrow = "higher is better" if row.higher_is_better else "lower is better"
     axes.set_title(f"{_text(row.metric)}\n", fontsize=10, fontweight="bold")

@@ -71,6 +71,17 @@ def test_of_several_gold_answers_the_best_counts(tmp_path: Path, capsys: pytest.
         values = {row["metric"]: row["adapters"]["tuned"]["value"] for row in found["metrics"]}
         assert values["qa_em"] == pytest.approx(2 / 4) and values["qa_f1"] == pytest.approx((1 + 2 / 3 + 1 + 0) / 4)
 
+    long = {
+        **rows[0],
+        "context": "the dog runs " * 22 + rows[0]["context"],
+        "answers": {"text": [], "answer_start": []},
+    }
+    (tmp_path / "long.jsonl").write_text(json.dumps(long))
+    recipe.write_text(recipe.read_text().replace('"max_length": 64', '"max_length": 64, "overflow": "split"'))
+    assert main(["train", str(recipe), "--no-audit", "training.max_steps=1", "--output-dir", str(tmp_path / "2")]) == 0
+    assert main(["eval", str(tmp_path / "2"), "--data", str(tmp_path / "long.jsonl")]) == 0
+    assert "each is a question of its own" in capsys.readouterr().err
+
 
 def test_a_full_fine_tuning_is_compared_with_its_base_and_with_adapters(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -80,6 +91,9 @@ def test_a_full_fine_tuning_is_compared_with_its_base_and_with_adapters(
     for name, method in (("full", "{method: full}"), ("lora", "{method: lora, r: 8}")):
         arguments = [f"adapter={method}", "training.max_steps=20", "training.learning_rate=1e-2"]
         assert main(["train", str(recipe), "--no-audit", *arguments, "--output-dir", str(tmp_path / name)]) == 0
+        assert ("peft inspect" in capsys.readouterr().out) == (name == "lora"), (
+            "a whole model is no adapter to look into"
+        )
     rows = {}
     for given in (["full"], ["lora", "full"]):
         capsys.readouterr()
