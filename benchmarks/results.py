@@ -12,8 +12,6 @@ from pathlib import Path
 from benchmarks.harness import ALLOCATOR, Machine, Subject, Verdict
 
 PACKAGES = ("peft", "transformers", "accelerate", "torch")
-NOTES = "notes.md"
-"""What RESULTS.md says besides the tables; written by hand, appended as it is."""
 
 
 def write(tables: Sequence[tuple[Subject, list[Verdict]]], folder: Path, machine: Machine, *, repeats: int) -> None:
@@ -32,9 +30,6 @@ def write(tables: Sequence[tuple[Subject, list[Verdict]]], folder: Path, machine
         lines += ["", f"## {subject.title}", *([subject.note, ""] if subject.note else [])]
         lines += ["| work | ours | against | ratio | target | |", "|---|---:|---:|---:|---:|---|"]
         lines += [_line(verdict) for verdict in verdicts]
-    notes = Path(__file__).with_name(NOTES)
-    if notes.is_file():
-        lines += ["", notes.read_text(encoding="utf-8").rstrip()]
     (folder / "RESULTS.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _plot([verdict for _, verdicts in tables for verdict in verdicts], folder / "results.png")
 
@@ -44,9 +39,14 @@ def _line(verdict: Verdict) -> str:
     times = "x" if verdict.against is not None else ""
     against = "" if verdict.against is None else f"{verdict.against:.3g}"
     sign = "≥" if row.better == "more" else "≤"
-    ratio = f"{verdict.value:.2f}{times} ({low:.2f}-{high:.2f})"
+    ratio = f"{_short(verdict.value)}{times} ({_short(low)}-{_short(high)})"
     mark = "reached" if verdict.reached else "**missed**"
     return f"| {row.work} | {verdict.ours:.3g} | {against} | {ratio} | {sign} {row.target:g}{times} | {mark} |"
+
+
+def _short(value: float) -> str:
+    """Two places, or two digits of what would be nothing then."""
+    return f"{value:.2f}" if value >= 0.01 else f"{value:.1e}"
 
 
 def _machine() -> str:
@@ -58,7 +58,9 @@ def _machine() -> str:
 
 
 def _ours() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in ("peftcli", *PACKAGES[1:]))
+    from peftcli import __version__
+
+    return ", ".join([f"peftcli {__version__}", *(f"{name} {version(name)}" for name in PACKAGES[1:])])
 
 
 def _rivals(machine: Machine) -> str:

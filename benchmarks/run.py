@@ -6,11 +6,11 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import merging, serving, startup, training
+from benchmarks import gradients, merging, serving, startup, training
 from benchmarks.harness import Machine, run_all, verdict
 from benchmarks.results import write
 
-SUBJECTS = [*training.SUBJECTS, *serving.SUBJECTS, *merging.SUBJECTS, *startup.SUBJECTS]
+SUBJECTS = [*training.SUBJECTS, *gradients.SUBJECTS, *serving.SUBJECTS, *merging.SUBJECTS, *startup.SUBJECTS]
 """Every subject's rows. A new file of benchmarks is added here."""
 
 
