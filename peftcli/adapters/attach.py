@@ -50,6 +50,13 @@ def attach(
     config.validate()
     attached = attached_to(model) or Attached(model)
     check_new(attached, config, name)
+    with attached.unmerged():
+        _attach(attached, config, name, Placement(autocast_adapter_dtype, initialize))
+    return attached
+
+
+def _attach(attached: Attached, config: TunerConfig, name: str, options: Placement) -> None:
+    model = attached.root
     undo = _replicate(attached, config)
     try:
         sites = plan_sites(model, config)
@@ -63,8 +70,8 @@ def attach(
     if first:
         model.requires_grad_(False)
         model.__dict__[STATE] = attached
+        model.__dict__["peft_config"] = attached.configs  # PEFT's name, for a model that no PeftModel wraps
     attached.configs[name] = config
-    options = Placement(autocast_adapter_dtype, initialize)
     _share(attached, name, sites, options)
     for site, adapter in sites:
         _attach_site(attached, name, site, adapter, options)
@@ -77,10 +84,10 @@ def attach(
         adapted = {layer.base_layer for _, layer in attached.layers() if name in layer.adapters}
         attached.biases[name] = TrainedBiases(trained_bias_owners(base_modules(model), mode, adapted))
     if first:
-        attached.set_active([name])
+        attached.set_active([name], trainable=not config.inference_mode)
     else:
+        attached.tell_layers()
         attached.set_requires_grad(name, False)  # it stands by; the active ones stay as they are
-    return attached
 
 
 def _replicate(attached: Attached, config: TunerConfig) -> Callable[[], None]:
@@ -111,11 +118,13 @@ def check_new(attached: Attached, config: PeftConfig, name: str) -> None:
     """Refuse a name that is taken or can't be one, and neighbours the adapter can't stand beside."""
     if "." in name or name == "":
         raise InputError(f"adapter name {name!r} may not contain a dot or be empty", field="adapter_name")
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+        raise InputError(
+            f"adapter name {name!r} is taken: torch's modules have an attribute of it", field="adapter_name"
+        )
     if name in attached.configs:
         raise InputError(f"Adapter with name {name} already exists.", field="adapter_name")
     config.check_beside(list(attached.configs.values()))
-    if attached.merged:
-        raise InputError("Cannot add an adapter while others are merged", fix="unmerge_adapter() first")
     biased = [other for other in attached.configs.values() if getattr(other, "bias", "none") != "none"]
     if attached.configs and (biased or getattr(config, "bias", "none") != "none"):
         raise InputError(

@@ -379,12 +379,14 @@ class CopyNames:
         copies: the child that holds a copy for each adapter.
         saved: what the file's keys have between the module's path and the parameter's name.
         what: the kind of adapter, for messages.
+        wrapper: the layer itself.
     """
 
     original: str
     copies: str
     saved: str
     what: str
+    wrapper: str
 
 
 class CopyAdapter(Adapter):

@@ -483,8 +483,7 @@ def stored_config(attached: Attached, name: str) -> PeftConfig:
     return stored
 
 
-def _class_of(model: nn.Module) -> dict[str, str] | None:
-    """What `AutoPeftModel` needs to load the base of an adapter without a task: its class, if it is of transformers."""
+def _class_of(model: nn.Module) -> dict[str, str]:
+    """The class of the base of an adapter without a task, for `AutoPeftModel` (ours loads those of transformers only)."""
     cls = type(model)
-    known = cls.__module__.startswith("transformers.")
-    return {"base_model_class": cls.__name__, "parent_library": cls.__module__} if known else None
+    return {"base_model_class": cls.__name__, "parent_library": cls.__module__}

@@ -20,7 +20,9 @@ from peftcli.errors import InputError
 ROW_WISE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.GroupNorm)
 """Modules whose output row i depends on input row i alone, so that rows of different adapters may share a batch."""
 
-MODULES_TO_SAVE = CopyNames("original_module", "modules_to_save", saved="", what="modules_to_save")
+MODULES_TO_SAVE = CopyNames(
+    "original_module", "modules_to_save", saved="", what="modules_to_save", wrapper="ModulesToSaveWrapper"
+)
 
 
 class CopyLayer(nn.Module):
@@ -46,6 +48,10 @@ class CopyLayer(nn.Module):
         self.merged_adapters: list[str] = []
         self.disable_adapters = False
         self.train(module.training)
+
+    def _get_name(self) -> str:
+        """The first word of `repr`: PEFT's name of the wrapper."""
+        return self.names.wrapper
 
     @property
     def original(self) -> nn.Module:

@@ -48,6 +48,7 @@ class Attached:
         active: the active adapters, first named outermost.
         disabled: whether all adapters are switched off.
         undo_surgery: brings the model's own layers back where they were replicated.
+        asleep: what was trained when the layers were disabled.
         prompts: what stands in front of the model's inputs, by adapter name.
         gates: what weighs other adapters, its experts, by its own adapter name.
         hooks: on the modules whose inputs a prompt or gate changes.
@@ -62,6 +63,7 @@ class Attached:
     active: list[str] = field(default_factory=list)
     disabled: bool = False
     undo_surgery: Callable[[], None] = nothing_to_undo
+    asleep: list[nn.Parameter] = field(default_factory=list)
     prompts: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     gates: dict[str, Any] = field(default_factory=dict)
     hooks: list[Removable] = field(default_factory=list)
@@ -82,9 +84,13 @@ class Attached:
         """(path in the model, layer) of every module trained in full."""
         return ((path, m) for path, m in _walk(self.root) if isinstance(m, CopyLayer))
 
+    def named_parts(self) -> Iterator[tuple[str, AdapterLayer | CopyLayer]]:
+        """(path in the model, layer) of everything that stands in a module's place."""
+        return ((path, m) for path, m in _walk(self.root) if isinstance(m, (AdapterLayer, CopyLayer)))
+
     def parts(self) -> Iterator[AdapterLayer | CopyLayer]:
         """Everything that stands in a module's place."""
-        return (m for _, m in _walk(self.root) if isinstance(m, (AdapterLayer, CopyLayer)))
+        return (part for _, part in self.named_parts())
 
     def members(self, name: str) -> list[str]:
         """The names an adapter has in the layers: its own, or those of a gate's experts."""
@@ -131,25 +137,26 @@ class Attached:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self.unmerge()
         self.active = list(names)
-        inside = [member for name in names for member in self.members(name)]
-        for _, layer in self.layers():
-            layer.active_adapters = [name for name in inside if name in layer.adapters]
-        for _, copied in self.copies():
-            copied.active_adapters = [name for name in inside if name in copied.copies]
+        inside = self.tell_layers()
         for name in self.configs:
-            frozen = self.configs[name].inference_mode
-            self.set_requires_grad(name, trainable and name in (*names, *inside) and not frozen)
+            expert = name in inside and not self.configs[name].inference_mode
+            self.set_requires_grad(name, trainable and (name in names or expert))
         self._switch_biases()
+
+    def tell_layers(self) -> list[str]:
+        """Tell every layer which adapters are active, also one that has none of them. Returns their names in the layers."""
+        inside = [member for name in self.active for member in self.members(name)]
+        for layer in self.parts():
+            layer.active_adapters, layer.disable_adapters = list(inside), self.disabled
+        return inside
 
     def enable(self, on: bool) -> None:
         """Switch all adapters on or off."""
         if not on and self.biases and self.merged:
             self.unmerge()  # a merged bias stands where the trained one is switched
         self.disabled = not on
-        for _, layer in self.layers():
+        for layer in self.parts():
             layer.disable_adapters = not on
-        for _, copied in self.copies():
-            copied.disable_adapters = not on
         self._switch_biases()
 
     def _switch_biases(self) -> None:
@@ -159,6 +166,21 @@ class Attached:
         for name in self.active:
             if name in self.biases and not self.disabled:
                 self.biases[name].switch(True)
+
+    def sleep(self) -> None:
+        """Switch all adapters off until `wake`, and their gradients with them."""
+        if not self.disabled:
+            self.asleep = [p for name in self.configs for p in self.parameters_of(name) if p.requires_grad]
+            for parameter in self.asleep:
+                parameter.requires_grad_(False)
+        self.enable(False)
+
+    def wake(self) -> None:
+        """Switch adapters on again; what was trained is trained again. (PEFT also unfreezes active ones that were frozen.)"""
+        for parameter in self.asleep:
+            parameter.requires_grad_(True)
+        self.asleep = []
+        self.enable(True)
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
@@ -218,6 +240,18 @@ class Attached:
         for layer in self.parts():
             layer.unmerge()
 
+    @contextmanager
+    def unmerged(self) -> Iterator[None]:
+        """The base's own weights inside the `with`; what was merged is merged again afterwards."""
+        merged = [(layer, list(layer.merged_adapters)) for _, layer in self.layers() if layer.merged_adapters]
+        for layer, _ in merged:
+            layer.unmerge()
+        try:
+            yield
+        finally:
+            for layer, names in merged:
+                layer.merge(names)
+
     def unload(self, *, merge: bool, names: list[str] | None = None, safe_merge: bool = False) -> nn.Module:
         """The user's model without adapters: merged in, or as it was.
 
@@ -245,7 +279,8 @@ class Attached:
         self.prompts.clear()
         self.gates.clear()
         self._unhook()
-        self.root.__dict__.pop(STATE, None)
+        for name in (STATE, "peft_config"):
+            self.root.__dict__.pop(name, None)
         self.root.requires_grad_(False)
         return self.root
 
@@ -253,12 +288,14 @@ class Attached:
 
     def delete(self, name: str) -> None:
         """Remove an adapter without a trace. If it was active, the next one (by name) takes its place."""
-        self._known(name)
+        if name not in self.configs:
+            raise InputError(f"Adapter {name} does not exist", allowed=", ".join(self.configs))
         if name not in self.own_configs():
             raise InputError(f"Adapter {name} is an expert: its gate needs it", fix="delete the gate")
-        if self.merged:
-            self.unmerge()
-        for member in self.members(name):
+        members = self.members(name)
+        if merged := sorted({held for part in self.parts() for held in part.merged_adapters} & set(members)):
+            raise InputError(f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first.")
+        for member in members:
             self._drop(member)
         if name in self.gates:
             del self.gates[name], self.configs[name]

@@ -84,7 +84,8 @@ def inject_adapter_in_model(
     """
     if state_dict is not None:
         peft_config = replace(as_tuner_config(peft_config), target_modules=_modules_of(state_dict, model))
-    attach(model, peft_config, adapter_name)
+    attached = attach(model, peft_config, adapter_name)
+    attached.set_active([adapter_name], trainable=not peft_config.inference_mode)  # the last one injected, as in PEFT
     return model
 
 
@@ -101,14 +102,22 @@ def _modules_of(state_dict: Iterable[str], model: nn.Module) -> set[str]:
     return found
 
 
-def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-    """Make adapters of a model the active ones; their tensors get gradients, unless `inference_mode`."""
+def set_adapter(
+    model: nn.Module,
+    adapter_name: str | Sequence[str],
+    inference_mode: bool = False,
+    layer_cls: type | None = None,
+) -> None:
+    """Make adapters of a model the active ones; their tensors get gradients, unless `inference_mode`.
+
+    `layer_cls` is PEFT's: all layers of an adapter are switched.
+    """
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
     adapters_of(model).set_active(names, trainable=not inference_mode)
 
 
-def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Remove an adapter from a model without a trace."""
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: type | None = None) -> None:
+    """Remove an adapter from a model without a trace. `prefix` and `layer_cls` are PEFT's; an adapter's name is enough."""
     adapters_of(model).delete(adapter_name)
 
 

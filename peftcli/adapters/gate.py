@@ -250,7 +250,7 @@ def attach_gate(
         words.register_forward_hook(gate.after_embedding),
         _CacheOff(model),
     ]
-    attached.set_active([name])
+    attached.set_active([name], trainable=not config.inference_mode)
     return attached
 
 

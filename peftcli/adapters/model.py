@@ -119,7 +119,9 @@ class PeftModel(nn.Module):
             if not again:
                 self.delete_adapter(adapter_name)
             raise
-        if not is_trainable:
+        if is_trainable:
+            self.attached.set_requires_grad(adapter_name, True)
+        else:
             self.eval()
         return LoadResult([], [])
 
@@ -157,6 +159,8 @@ class PeftModel(nn.Module):
 
     @property
     def active_adapter(self) -> str:
+        if not self.active_adapters:
+            raise InputError("no adapter is active")
         return self.active_adapters[0]
 
     @property

@@ -18,8 +18,7 @@ from peftcli.adapters.module_layer import ModuleSite
 from peftcli.adapters.prompt_base import PromptLearningConfig
 from peftcli.adapters.registry import adapter_class, adapter_class_of
 from peftcli.adapters.sites import LinearSite, ParameterSite, Site, TransposedSite, site_for
-from peftcli.adapters.targets import default_targets, matches, select, unmatched_targets
-from peftcli.errors import InputError
+from peftcli.adapters.targets import default_targets, matches, select, shortest_names, unmatched_targets
 
 TASK_HEADS = frozenset(head for heads in HEADS.values() for head in heads)
 
@@ -37,7 +36,7 @@ def plan_sites(model: nn.Module, config: TunerConfig) -> list[tuple[Site, Adapte
         site = ModuleSite(base[path], path) if "module" in method.kinds else site_for(base[path], path)
         if site is None or site.kind not in method.kinds:
             raise InputError(
-                f"Target module {type(base[path]).__name__} is not supported by {config.peft_type}",
+                f"Target module {_shown(base[path])} is not supported. {config.peft_type} adapts other kinds of modules",
                 place=path,
                 field="target_modules",
                 allowed=", ".join(sorted(method.kinds)),
@@ -60,6 +59,11 @@ def plan_sites(model: nn.Module, config: TunerConfig) -> list[tuple[Site, Adapte
         if site.kind == "attention" and isinstance(adapter, DeltaAdapter) and adapter.drops:
             raise InputError("nn.MultiheadAttention leaves no place for an adapter's dropout", place=site.name)
     return planned
+
+
+def _shown(module: nn.Module) -> str:
+    text = repr(module)
+    return type(module).__name__ if "\n" in text else printable(text)
 
 
 def _parameter_sites(config: TunerConfig, base: dict[str, nn.Module]) -> list[tuple[Site, Adapter]]:
@@ -107,6 +111,8 @@ def _targets(model: nn.Module, config: TunerConfig, base: dict[str, nn.Module]) 
     _fill_defaults(model, config)
     linear = [path for path, module in base.items() if _is_linear(model, path, module)]
     chosen = select(config, base, linear=linear)
+    if config.is_all_linear:
+        config.target_modules = set(shortest_names(chosen, base))
     for missing in unmatched_targets(config, chosen) if given is not None else ():
         warnings.warn(f"target_modules: `{missing}` matches no module of the model", stacklevel=5)
     return chosen

@@ -127,7 +127,10 @@ def attach_prompt(model: nn.Module, config: PromptLearningConfig, name: str, *, 
     attached.prompts[name] = encoder
     for path, names in copies.items():
         attach_copy(attached, name, path, names, Placement())
-    attached.set_active([name] if first else attached.active)
+    if first:
+        attached.set_active([name], trainable=not config.inference_mode)
+    else:
+        attached.set_requires_grad(name, False)  # it stands by
     return attached
 
 

@@ -99,6 +99,12 @@ def is_quantized(module: nn.Module) -> bool:
     return _site_class(module) is not None
 
 
+def backend_of(module: nn.Module) -> str | None:
+    """PEFT's name of what quantised a module, or None."""
+    kind = _site_class(module)
+    return None if kind is None else "bnb 4bit" if kind is Linear4bitSite else "bnb 8bit"
+
+
 def quantized_site(module: nn.Module, name: str) -> QuantizedSite | None:
     """The site of a quantised layer, or None for any other module."""
     kind = _site_class(module)

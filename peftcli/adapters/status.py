@@ -6,9 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, cast
 
-from torch import nn  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
 
+from peftcli.adapters.copies import CopyLayer
 from peftcli.adapters.engine import Attached, attached_to, user_model
+from peftcli.adapters.layer import AdapterLayer
+from peftcli.adapters.quantized import backend_of
 from peftcli.errors import InputError
 
 Irregular = Literal["irregular"]
@@ -22,12 +25,13 @@ class TunerLayerStatus:
     """One adapted layer.
 
     Attributes:
-        name: path in the user's model.
-        module_type: PEFT type of its adapters, in lower case.
+        name: path in the tuner (`model.` and the path in the user's model), or in a model adapters were injected into.
+        module_type: PEFT's name of the layer, e.g. `lora.Linear`.
         enabled: whether adapters act.
         active_adapters, merged_adapters, available_adapters: names.
         requires_grad: by adapter, whether its tensors are trained; `irregular` where they differ.
         devices: by adapter, where its tensors are.
+        quantization_backend: what quantised the module, e.g. `bnb 4bit`, or None.
     """
 
     name: str
@@ -38,6 +42,7 @@ class TunerLayerStatus:
     requires_grad: dict[str, bool | Irregular]
     available_adapters: list[str]
     devices: dict[str, list[str]] = field(default_factory=dict)
+    quantization_backend: str | None = None
 
 
 @dataclass
@@ -56,42 +61,56 @@ class TunerModelStatus:
     requires_grad: dict[str, bool | Irregular]
     available_adapters: list[str]
     devices: dict[str, list[str]]
+    quantization_backend: str | Irregular | None
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """The status of every adapted layer of a PeftModel, or of a model that adapters were injected into."""
-    attached = _attached(model)
-    found = []
-    for path, layer in attached.layers():
-        tensors = {name: [t for _, t in layer.own_tensors(name)] for name in layer.adapters}
-        trained = {name: [t for slot, t in layer.own_tensors(name) if slot.spec.trainable] for name in layer.adapters}
-        found.append(
-            TunerLayerStatus(
-                name=path,
-                module_type="/".join(sorted({attached.configs[name].peft_type.lower() for name in layer.adapters})),
-                enabled=not layer.disable_adapters,
-                active_adapters=list(layer.active_adapters),
-                merged_adapters=list(layer.merged_adapters),
-                requires_grad={name: _agree(t.requires_grad for t in trained[name]) for name in layer.adapters},
-                available_adapters=sorted(layer.adapters),
-                devices={name: sorted({t.device.type for t in tensors[name]}) for name in layer.adapters},
-            )
-        )
-    return found
+    """The status of every adapted layer of a PeftModel, or of a model that adapters were injected into.
+
+    Raises:
+        TypeError: a prompt adapts no layer.
+        InputError: the model has no adapters.
+    """
+    attached = _attached(model, "get_layer_status")
+    prefix = "" if user_model(model) is model else "model."
+    return [_layer_status(prefix + path, part) for path, part in attached.named_parts()]
+
+
+def _layer_status(name: str, part: AdapterLayer | CopyLayer) -> TunerLayerStatus:
+    held: dict[str, list[tuple[Tensor, bool]]]  # tensors, and whether they are learnt
+    if isinstance(part, CopyLayer):
+        held = {key: [(t, True) for t in copy.parameters()] for key, copy in part.copies.items()}
+        module = part.original
+    else:
+        held = {key: [(t, slot.spec.trainable) for slot, t in part.own_tensors(key)] for key in part.adapters}
+        module = part.get_base_layer()
+    return TunerLayerStatus(
+        name=name,
+        module_type=part._get_name(),
+        enabled=not part.disable_adapters,
+        active_adapters=list(part.active_adapters),
+        merged_adapters=list(part.merged_adapters),
+        requires_grad={key: _agree(t.requires_grad for t, learnt in held[key] if learnt) for key in held},
+        available_adapters=sorted(held),
+        devices={key: sorted({t.device.type for t, _ in held[key]}) for key in held},
+        quantization_backend=backend_of(module),
+    )
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
-    """The status of a PeftModel, or of a model that adapters were injected into."""
-    attached = _attached(model)
+    """The status of a PeftModel, or of a model that adapters were injected into. Raises as `get_layer_status`."""
+    attached = _attached(model, "get_model_status")
     layers = get_layer_status(model)
     base = user_model(model)
     names = sorted({name for layer in layers for name in layer.available_adapters})
+    injected = base is model
+    trainable, total = count_parameters(model)
     return TunerModelStatus(
-        base_model_type=type(base).__name__,
-        adapter_model_type=type(getattr(model, "base_model", None)).__name__ if base is not model else "None",
-        peft_types={name: config.peft_type for name, config in attached.configs.items()},
-        trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total_params=sum(p.numel() for p in model.parameters()),
+        base_model_type="other" if injected and not hasattr(base, "config") else type(base).__name__,
+        adapter_model_type="None" if injected else type(model.base_model).__name__,
+        peft_types={} if injected else {name: config.peft_type for name, config in attached.own_configs().items()},
+        trainable_params=trainable,
+        total_params=total,
         num_adapter_layers=len(layers),
         enabled=_agree(layer.enabled for layer in layers),
         active_adapters=_agree(layer.active_adapters for layer in layers),
@@ -101,6 +120,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         },
         available_adapters=names,
         devices={name: sorted({d for layer in layers for d in layer.devices.get(name, [])}) for name in names},
+        quantization_backend=_agree(layer.quantization_backend for layer in layers),
     )
 
 
@@ -130,9 +150,13 @@ def _agree(values: Iterable[Value]) -> Value | Irregular:
     return seen[0] if all(value == seen[0] for value in seen) else "irregular"
 
 
-def _attached(model: nn.Module) -> Attached:
+def _attached(model: nn.Module, asked: str) -> Attached:
     attached = attached_to(user_model(model))
-    if attached is None or next(attached.layers(), None) is None:
+    if attached is not None and len(attached.prompts):
+        raise TypeError(
+            f"{asked}() got an invalid PeftModel instance; prefix tuning and adaption prompt are not supported."
+        )
+    if attached is None or next(attached.named_parts(), None) is None:
         raise InputError(
             "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters "
             "injected in the model."

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 MAX_LISTED = 40
+MIN_SHORTENED = 20
+"""PEFT stores the names `all-linear` stands for in full below this number of them."""
 MAX_EXPRESSIONS = 1000  # in one rank_pattern: each costs a match on every module
 PLAIN_NAME = re.compile(r"[\w.]*")
 DUMMY_TARGET_MODULES = "dummy-target-modules"
@@ -86,12 +88,23 @@ def select(config: TunerConfig, modules: Iterable[str], *, linear: Iterable[str]
     if not chosen:
         leaves = sorted({name.rpartition(".")[2] for name in modules} - {""})
         raise InputError(
-            f"Target modules {printable(config.to_dict()['target_modules'], 400)} not found in the base model. "
+            f"Target modules {printable(_shown(targets), 400)} not found in the base model. "
             "Please check the target modules and try again.",
             field="target_modules",
             allowed=", ".join([name for name in leaves if not name.isdecimal()][:MAX_LISTED]),
         )
     return config.narrowed(_without_excluded(config, _within_layers(config, chosen)))
+
+
+def shortest_names(chosen: list[str], modules: Iterable[str]) -> list[str]:
+    """Names that mean these modules and no others: in full as long as they are few, else their shortest endings."""
+    if len(chosen) < MIN_SHORTENED:
+        return chosen
+    endings = {
+        name: [".".join(parts[i:]) for i in range(len(parts))] for name in modules for parts in [name.split(".")]
+    }
+    taken = {ending for name in endings.keys() - set(chosen) for ending in endings[name]}
+    return sorted({next(ending for ending in reversed(endings[name]) if ending not in taken) for name in chosen})
 
 
 def unmatched_targets(config: TunerConfig, chosen: Iterable[str]) -> list[str]:
@@ -138,8 +151,8 @@ def _without_excluded(config: TunerConfig, chosen: list[str]) -> list[str]:
 
 
 def _in_layers(config: TunerConfig, module: str) -> bool:
-    wanted = config.layers_to_transform
-    if wanted is None:
+    wanted, targets = config.layers_to_transform, config.target_modules
+    if wanted is None or (isinstance(targets, (set, list)) and module in targets):  # named in full: it is meant
         return True
     index = layer_index(module, config.layers_pattern)
     return index is not None and index in ([wanted] if isinstance(wanted, int) else wanted)
@@ -175,6 +188,11 @@ def _defaults() -> dict[str, Any]:
 
     text = files("peftcli.adapters").joinpath("target_defaults.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text)
+
+
+def _shown(targets: Iterable[str] | str) -> str:
+    """`target_modules` as PEFT's messages write them."""
+    return targets if isinstance(targets, str) else "{" + ", ".join(map(repr, sorted(targets))) + "}"
 
 
 def _as_list(names: Iterable[str] | str) -> list[str]:

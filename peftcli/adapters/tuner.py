@@ -83,6 +83,11 @@ class Tuner(nn.Module):
         return self.attached.own_configs()
 
     @property
+    def prefix(self) -> str:
+        """What the names of the method's tensors start with, e.g. `lora_`."""
+        return next(iter(self.attached.configs.values())).prefix
+
+    @property
     def active_adapters(self) -> list[str]:
         return self.attached.active
 
@@ -134,10 +139,10 @@ class Tuner(nn.Module):
         self.attached.set_active(names, trainable=not inference_mode)
 
     def enable_adapter_layers(self) -> None:
-        self.attached.enable(True)
+        self.attached.wake()
 
     def disable_adapter_layers(self) -> None:
-        self.attached.enable(False)
+        self.attached.sleep()
 
     def add_weighted_adapter(
         self,

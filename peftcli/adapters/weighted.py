@@ -67,7 +67,6 @@ def add_weighted_lora(
         if any(name in layer.adapters for name in adapters)
     }
     ranks = {layer.site.name: made[path][0].shape[0] for path, layer in attached.layers() if path in made}
-    active = list(attached.active)
     attach(attached.root, _merged_config(configs, ranks), adapter_name, initialize=False)
     with torch.no_grad():
         for path, layer in attached.layers():
@@ -75,8 +74,6 @@ def add_weighted_lora(
                 a, b = cast(Lora, layer.adapters[adapter_name]).pair(layer.tensors(adapter_name))
                 a.copy_(made[path][0].reshape(a.shape))
                 b.copy_(made[path][1].reshape(b.shape))
-    attached.set_active(active)
-    attached.set_requires_grad(adapter_name, False)
 
 
 def _config(attached: Attached, name: str) -> LoraConfig:
@@ -127,7 +124,6 @@ def _merged_config(configs: list[LoraConfig], ranks: dict[str, int]) -> LoraConf
         use_rslora=False,
         **{name: getattr(LoraConfig(), name) for name in VARIANTS},
         init_lora_weights=True,
-        inference_mode=True,
     )
 
 
@@ -186,12 +182,9 @@ def add_weighted_ia3(attached: Attached, adapters: Sequence[str], weights: Seque
             raise InputError(f"all IA3 adapters must have the same {field}", field=field)
     if len(weights) != len(adapters):
         raise InputError(f"{len(adapters)} adapters need as many weights, not {len(weights)}", field="weights")
-    active = list(attached.active)
-    attach(attached.root, replace(configs[0], inference_mode=True), adapter_name)
+    attach(attached.root, replace(configs[0]), adapter_name)
     with torch.no_grad():
         for _, layer in attached.layers():
             if adapter_name in layer.adapters:
                 parents = [layer.tensors(name)["ia3_l"] for name in adapters]
                 layer.tensors(adapter_name)["ia3_l"].copy_(OPERATORS["linear"](parents, weights, Settings()))
-    attached.set_active(active)
-    attached.set_requires_grad(adapter_name, False)

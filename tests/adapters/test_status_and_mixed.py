@@ -33,7 +33,7 @@ def test_status_of_layers_and_model() -> None:
     model = get_peft_model(base(), lora("0", "2"))
     model.add_adapter("other", lora("0"))
     first, second = model.get_layer_status()
-    assert (first.name, first.module_type, first.enabled) == ("0", "lora", True)
+    assert (first.name, first.module_type, first.enabled) == ("model.0", "lora.Linear", True)
     assert first.active_adapters == ["default"]
     assert first.available_adapters == ["default", "other"]
     assert first.requires_grad == {"default": True, "other": False}

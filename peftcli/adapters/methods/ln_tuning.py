@@ -20,7 +20,13 @@ class LNTuningConfig(TunerConfig):
 class LnTuning(CopyAdapter):
     """A copy of each norm."""
 
-    names = CopyNames("base_layer", "ln_tuning_layers", saved="ln_tuning_layers.", what="LN tuning")
+    names = CopyNames(
+        "base_layer",
+        "ln_tuning_layers",
+        saved="ln_tuning_layers.",
+        what="LN tuning",
+        wrapper="ln_tuning.LNTuningLayer",
+    )
 
     def tensors(self) -> dict[str, TensorSpec]:
         features = (self.shape.out_features,)
