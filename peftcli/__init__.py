@@ -28,8 +28,14 @@ _HOME = {
     "MontecloraConfig": "methods.lora_variants",
     "VeloraConfig": "methods.lora_variants",
     "BaseTunerLayer": "layer",
+    "CPTEmbedding": "prompt_modules",
+    "CartridgeEncoder": "prompt_modules",
+    "PrefixEncoder": "prompt_modules",
+    "PromptEmbedding": "prompt_modules",
+    "PromptEncoder": "prompt_modules",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "mappings",
     "PEFT_TYPE_TO_CONFIG_MAPPING": "mappings",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "mappings",
     "PEFT_TYPE_TO_TUNER_MAPPING": "mappings",
     "LoftQConfig": "methods.lora",
     "compose_cartridge_adapters": "kv_prefix",
@@ -42,6 +48,7 @@ _HOME = {
     "PromptEncoderReparameterizationType": "methods.p_tuning",
     "PromptLearningConfig": "prompt_base",
     "PromptTuningInit": "methods.prompt_tuning",
+    "get_eva_state_dict": "initializers.eva",
     "initialize_lora_eva_weights": "initializers.eva",
     "replace_lora_weights_loftq": "initializers.loftq_replace",
     "preprocess_corda": "initializers.corda",
@@ -61,6 +68,8 @@ _HOME = {
     "inject_adapter_in_model": "functions",
     "set_adapter": "functions",
     "set_requires_grad": "functions",
+    "get_base_model_state_dict": "state",
+    "set_base_model_state_dict": "state",
     "set_peft_model_state_dict": "state",
     "get_layer_status": "status",
     "get_model_status": "status",
@@ -79,11 +88,26 @@ _HOME = {
 }
 """Public name -> the file in `peftcli/adapters` it lives in. Configs and tuners are found through the registry of methods."""
 
-__all__ = ["__version__", *_HOME]
+_ERRORS = {"NoMatchingPeftModuleError", "PeftError", "PeftWarning"}
+
+_INSTEAD = {
+    "ArrowConfig": "Arrow routing is not here; XLoraConfig weighs several LoRAs",
+    "create_arrow_model": "Arrow routing is not here; XLoraConfig weighs several LoRAs",
+    "ShadowConfig": "Shadow is not here; prompt_tuning and prefix_tuning leave the base's layers alone, too",
+    "ShadowModel": "Shadow is not here; prompt_tuning and prefix_tuning leave the base's layers alone, too",
+    "find_kappa_target_modules": "KappaTune's choice of modules is not here; name target_modules, or `all-linear`",
+    "bloom_model_postprocess_past_key_value": "prefixes reach every model through transformers' caches, also BLOOM",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "prefixes reach every model through its cache alike",
+}
+"""PEFT's names that are not here, and what to use."""
+
+__all__ = ["__version__", *_HOME, *sorted(_ERRORS)]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
+    if name in _ERRORS:
+        value = getattr(import_module("peftcli.errors"), name)
+    elif name in _HOME:
         value = getattr(import_module(f"peftcli.adapters.{_HOME[name]}"), name)
     else:
         from peftcli.adapters.registry import config_named, tuner_type
@@ -93,6 +117,8 @@ def __getattr__(name: str) -> Any:
             from peftcli.adapters.tuner import tuner_class
 
             value = tuner_class(peft_type)
+        if value is None and name in _INSTEAD:  # `from peftcli import` would swallow an AttributeError's text
+            raise ImportError(f"peftcli has no {name}: {_INSTEAD[name]}")
         if value is None:
             raise AttributeError(f"module 'peftcli' has no attribute {name!r}")
     globals()[name] = value
@@ -104,3 +130,12 @@ def __dir__() -> list[str]:
 
     tuners = [method.tuner for method in METHODS.values() if tuner_type(method.tuner)]
     return sorted({*__all__, *(method.config for method in METHODS.values()), *tuners})
+
+
+def _install_peft_paths() -> None:
+    from peftcli.peft_paths import install
+
+    install()
+
+
+_install_peft_paths()

@@ -24,6 +24,10 @@ class PeftCliError(Exception):
     exit_code = EXIT_FAILURE
 
 
+PeftError = PeftCliError
+"""PEFT's name."""
+
+
 class RunError(PeftCliError):
     """A run that started and failed (disk full, non-finite loss, a dead rank)."""
 
@@ -66,6 +70,18 @@ class InputError(PeftCliError, ValueError):
             allowed=self.allowed,
             fix=fix or self.fix,
         )
+
+
+class NoMatchingPeftModuleError(InputError):
+    """A config that matches no module of the base."""
+
+
+class PeftWarning(UserWarning):
+    """A config says something that has no effect on this base."""
+
+
+class ArgumentTypeError(InputError, TypeError):
+    """An argument of the wrong type: a `ValueError` to PEFT 0.13, a `TypeError` today."""
 
 
 class InputErrors(InputError):

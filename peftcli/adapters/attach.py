@@ -50,13 +50,7 @@ def attach(
     config.validate()
     attached = attached_to(model) or Attached(model)
     check_new(attached, config, name)
-    with attached.unmerged():
-        _attach(attached, config, name, Placement(autocast_adapter_dtype, initialize))
-    return attached
-
-
-def _attach(attached: Attached, config: TunerConfig, name: str, options: Placement) -> None:
-    model = attached.root
+    attached.unmerge_to_switch()
     undo = _replicate(attached, config)
     try:
         sites = plan_sites(model, config)
@@ -72,6 +66,7 @@ def _attach(attached: Attached, config: TunerConfig, name: str, options: Placeme
         model.__dict__[STATE] = attached
         model.__dict__["peft_config"] = attached.configs  # PEFT's name, for a model that no PeftModel wraps
     attached.configs[name] = config
+    options = Placement(autocast_adapter_dtype, initialize)
     _share(attached, name, sites, options)
     for site, adapter in sites:
         _attach_site(attached, name, site, adapter, options)
@@ -88,6 +83,7 @@ def _attach(attached: Attached, config: TunerConfig, name: str, options: Placeme
     else:
         attached.tell_layers()
         attached.set_requires_grad(name, False)  # it stands by; the active ones stay as they are
+    return attached
 
 
 def _replicate(attached: Attached, config: TunerConfig) -> Callable[[], None]:
@@ -125,8 +121,7 @@ def check_new(attached: Attached, config: PeftConfig, name: str) -> None:
     if name in attached.configs:
         raise InputError(f"Adapter with name {name} already exists.", field="adapter_name")
     config.check_beside(list(attached.configs.values()))
-    biased = [other for other in attached.configs.values() if getattr(other, "bias", "none") != "none"]
-    if attached.configs and (biased or getattr(config, "bias", "none") != "none"):
+    if attached.configs and getattr(config, "bias", "none") != "none":
         raise InputError(
             f"{type(config).__name__.removesuffix('Config')}Model supports only 1 adapter with bias. "
             "When using multiple adapters, set bias to 'none' for all adapters.",

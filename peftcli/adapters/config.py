@@ -148,10 +148,10 @@ class PeftConfig(metaclass=ConfigType):
                 del values[item.name]
         return values
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `adapter_config.json` into `folder`."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / CONFIG_NAME).write_text(self.to_json(), encoding="utf-8")
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `adapter_config.json` into a folder."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / CONFIG_NAME).write_text(self.to_json(), encoding="utf-8")
 
     def to_json(self) -> str:
         return json.dumps(self.to_saved_dict(), indent=2, sort_keys=True) + "\n"
@@ -166,17 +166,17 @@ class PeftConfig(metaclass=ConfigType):
         return build_config(cls, values, place=place)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **options: Any) -> PeftConfig:
-        """The config saved in `folder` (or named by a hub id); its class follows the file's `peft_type`.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> PeftConfig:
+        """The config saved in a folder or on the hub; its class follows the file's `peft_type`.
 
         Args:
-            folder: the adapter.
+            pretrained_model_name_or_path: the adapter.
             options: where on the hub (`subfolder`, `revision`, `token`, ...); fields to set to something else.
         """
         from peftcli.adapters.checkpoint import HUB_OPTIONS, resolve_adapter_folder
 
         hub = {name: options.pop(name) for name in HUB_OPTIONS & options.keys()}
-        config = read_config(resolve_adapter_folder(folder, **hub) / CONFIG_NAME)
+        config = read_config(resolve_adapter_folder(pretrained_model_name_or_path, **hub) / CONFIG_NAME)
         return dataclasses.replace(config, **options)
 
     @classmethod
@@ -198,6 +198,10 @@ class PeftConfig(metaclass=ConfigType):
             field="push_to_hub",
             fix=f"save_pretrained(folder), look at what is in there, then `hf upload {repo_id} FOLDER`",
         )
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        return self.peft_type == "ADAPTION_PROMPT"
 
     def means_the_same(self, other: PeftConfig) -> bool:
         """Whether two configs describe adapters of the same tensors and equation, whatever their base is called."""

@@ -143,6 +143,10 @@ class CopyLayer(nn.Module):
             return getattr(self.active, name)
 
 
+AuxiliaryTrainingWrapper = ModulesToSaveWrapper = CopyLayer
+"""PEFT's names, for `isinstance`."""
+
+
 class TrainedBiases:
     """The biases one adapter trains. Its parameters take the base's places while it is active.
 

@@ -20,7 +20,7 @@ from peftcli.adapters.copies import CopyLayer, TrainedBiases
 from peftcli.adapters.fingerprint import fingerprint
 from peftcli.adapters.holding import Buffers
 from peftcli.adapters.layer import AdapterLayer
-from peftcli.errors import InputError
+from peftcli.errors import ArgumentTypeError, InputError
 
 STATE = "_peftcli_attached"
 
@@ -133,9 +133,7 @@ class Attached:
             copied.check_active(names, path)
         if len(names) > 1 and len(self.prompts):
             raise InputError("one prompt at a time can be active", field="adapter_name")
-        if self.merged:
-            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
-            self.unmerge()
+        self.unmerge_to_switch()
         self.active = list(names)
         inside = self.tell_layers()
         for name in self.configs:
@@ -221,7 +219,7 @@ class Attached:
     def merge(self, names: list[str] | None = None, *, safe_merge: bool = False) -> None:
         """Fold adapters into the base weights in place; `unmerge` brings the originals back bit for bit."""
         if names is not None and not isinstance(names, list):
-            raise InputError(f"adapter_names should be a list of strings, got {names!r}.")
+            raise ArgumentTypeError(f"adapter_names should be a list of strings, got {names!r}.")
         for name in names or []:
             self._known(name)
         self._require_mergeable()
@@ -240,17 +238,11 @@ class Attached:
         for layer in self.parts():
             layer.unmerge()
 
-    @contextmanager
-    def unmerged(self) -> Iterator[None]:
-        """The base's own weights inside the `with`; what was merged is merged again afterwards."""
-        merged = [(layer, list(layer.merged_adapters)) for _, layer in self.layers() if layer.merged_adapters]
-        for layer, _ in merged:
-            layer.unmerge()
-        try:
-            yield
-        finally:
-            for layer, names in merged:
-                layer.merge(names)
+    def unmerge_to_switch(self) -> None:
+        """Unmerge, with PEFT's warning, before adapters are switched or added."""
+        if self.merged:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=4)
+            self.unmerge()
 
     def unload(self, *, merge: bool, names: list[str] | None = None, safe_merge: bool = False) -> nn.Module:
         """The user's model without adapters: merged in, or as it was.

@@ -13,6 +13,7 @@ from torch import Tensor, nn  # noqa: TID253
 from peftcli.adapters import checkpoint
 from peftcli.adapters.config import PeftConfig, read_config
 from peftcli.adapters.layer import AdapterLayer
+from peftcli.adapters.loading import map_keys
 from peftcli.errors import InputError
 
 
@@ -34,12 +35,34 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
 
 
 def load_peft_weights(
-    model_id: str | Path, device: str | None = None, allow_pickle: bool = False, **hub: Any
+    model_id: str | Path,
+    device: str | None = None,
+    key_mapping: dict[str, str] | None = None,
+    *,
+    allow_pickle: bool = False,
+    **hub: Any,
 ) -> dict[str, Tensor]:
-    """The tensors of a saved adapter by their key in the file."""
+    """The tensors of a saved adapter by their key in the file, which `key_mapping` may rename (see `loading.map_keys`)."""
     folder = checkpoint.resolve_adapter_folder(model_id, **hub)
-    tensors = checkpoint.read_tensors(folder, allow_pickle=allow_pickle)
+    tensors = map_keys(checkpoint.read_tensors(folder, allow_pickle=allow_pickle), key_mapping)
     return {key: tensor.to(device) for key, tensor in tensors.items()} if device else tensors
+
+
+def infer_device() -> str:
+    """The kind of device this machine computes on."""
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator.type if accelerator else "cpu"
+
+
+def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """The weight [out, in] of a layer that may store it as [in, out]."""
+    return weight.T if fan_in_fan_out else weight
+
+
+def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """The parent of the module at a path, the module, and its name there."""
+    parent, _, name = key.rpartition(".")
+    return model.get_submodule(parent), model.get_submodule(key), name
 
 
 @contextmanager
@@ -76,6 +99,7 @@ def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
 ) -> nn.Module:
     """Freeze a quantised model and make it stable to train through.
 
@@ -87,6 +111,7 @@ def prepare_model_for_kbit_training(
         model: a model loaded in 8 or 4 bit.
         use_gradient_checkpointing: recompute activations in the backward pass.
         gradient_checkpointing_kwargs: for transformers; `use_reentrant` defaults to False.
+        auto_clear_cache: accepted: nothing is left behind that would have to be cleared.
     """
     model.requires_grad_(False)
     module: Any

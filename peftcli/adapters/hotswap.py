@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch  # noqa: TID253
 from torch import nn  # noqa: TID253
@@ -96,13 +97,28 @@ def hotswap_adapter_from_state_dict(
     attached.configs[adapter_name] = new
 
 
-def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | None = None) -> None:
+def prepare_model_for_compiled_hotswap(
+    model: nn.Module,
+    *,
+    target_rank: int | None = None,
+    config: Any = None,
+    check_compiled: Literal["error", "warn", "ignore"] = "error",
+) -> None:
     """Make room for adapters up to a rank, and let scalings change without recompiling. Call before `torch.compile`.
 
     Args:
         model: a PeftModel with LoRA adapters.
         target_rank: pad A and B with zeros to this rank; None leaves them.
+        config: accepted: adapters know their own.
+        check_compiled: what to do about a model that is compiled already.
     """
+    if check_compiled not in ("error", "warn", "ignore"):
+        raise InputError(f"is {check_compiled!r}", field="check_compiled", allowed="error, warn, ignore")
+    if hasattr(model, "_orig_mod") and check_compiled != "ignore":
+        problem = "Call prepare_model_for_compiled_hotswap *before* compiling the model"
+        if check_compiled == "error":
+            raise InputError(problem)
+        warnings.warn(problem, stacklevel=2)
     for _, layer in adapters_of(model).layers():
         for name, adapter in layer.adapters.items():
             if target_rank is not None:

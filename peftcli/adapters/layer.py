@@ -228,7 +228,8 @@ class AdapterLayer(PeftNames, TensorHolder):
     @torch.no_grad()
     def merge(self, names: list[str] | None = None, *, safe_merge: bool = False) -> None:
         """Put the adapted weight in the module's place. The original parameter is kept, so `unmerge` is exact."""
-        wanted = [name for name in self._live(names or self.active_adapters) if name not in self.merged_adapters]
+        asked = dict.fromkeys(names or self.active_adapters)  # once each, also those named twice
+        wanted = [name for name in self._live(asked) if name not in self.merged_adapters]
         if not wanted:
             return
         for name in wanted:

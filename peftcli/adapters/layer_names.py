@@ -143,6 +143,15 @@ class PeftNames(nn.Module):
         return None
 
 
+class _LoraLayers(type):
+    def __instancecheck__(cls, layer: object) -> bool:
+        return isinstance(layer, PeftNames) and layer._is_lora()
+
+
+class LoraLayer(metaclass=_LoraLayers):
+    """PEFT's name, for `isinstance`: a layer that has a LoRA adapter."""
+
+
 def _dropout(adapter: Adapter) -> nn.Module:
     p = getattr(adapter.config, "lora_dropout", 0.0)
     return nn.Dropout(p) if p else nn.Identity()

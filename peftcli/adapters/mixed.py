@@ -6,6 +6,7 @@ The engine composes any methods as functions, the first named outermost; this cl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from peftcli.adapters.config import PeftConfig
@@ -15,6 +16,10 @@ from peftcli.errors import InputError
 
 COMPATIBLE = frozenset({"ADALORA", "HIRA", "IA3", "LOHA", "LOKR", "LORA", "OFT", "ROAD", "SHIRA"})
 """Methods PEFT mixes in 0.13 or today."""
+
+
+class MixedModel(Tuner):
+    """What PEFT calls the `base_model` of one."""
 
 
 class PeftMixedModel(PeftModel):
@@ -34,7 +39,7 @@ class PeftMixedModel(PeftModel):
 
     @classmethod
     def tuner_for(cls, peft_config: PeftConfig) -> type[Tuner]:
-        return Tuner
+        return MixedModel
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several composed, the active ones."""
@@ -48,6 +53,10 @@ class PeftMixedModel(PeftModel):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused, as in PEFT: a folder's config names one method."""
         raise NotImplementedError("Saving is not supported for mixed models (yet).")
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Refused, as in PEFT."""
+        raise NotImplementedError("Model card creation is not supported for mixed models (yet).")
 
     @classmethod
     def class_for(cls, config: PeftConfig) -> type[PeftModel]:

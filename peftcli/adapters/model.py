@@ -16,13 +16,15 @@ from torch import Tensor, nn  # noqa: TID253
 
 from peftcli.adapters import checkpoint, status
 from peftcli.adapters.batch import batch_facts
-from peftcli.adapters.config import PeftConfig, read_config
+from peftcli.adapters.card import update_card
+from peftcli.adapters.config import PeftConfig
 from peftcli.adapters.conversion import supports_lora_conversion
 from peftcli.adapters.engine import Attached, adapters_of, attached_to
-from peftcli.adapters.fingerprint import check_fingerprint, fingerprint
-from peftcli.adapters.prompt import attach_prompt
+from peftcli.adapters.fingerprint import fingerprint
+from peftcli.adapters.loading import SavedAdapter, open_adapter
+from peftcli.adapters.prompt import attach_prompt, prompt_of_batch
 from peftcli.adapters.prompt_base import PromptLearningConfig
-from peftcli.adapters.state import LoadResult, get_peft_model_state_dict
+from peftcli.adapters.state import LoadResult, fitting_sizes, get_peft_model_state_dict
 from peftcli.adapters.tied_state import keep_tied_once
 from peftcli.adapters.tuner import Tuner, tuner_class
 from peftcli.errors import InputError
@@ -98,6 +100,8 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
         allow_pickle: bool = False,
         **hub: Any,
     ) -> LoadResult:
@@ -106,15 +110,14 @@ class PeftModel(nn.Module):
         The model goes to eval mode unless the adapter is to be trained. Accepted for PEFT's sake: `torch_device` (tensors go
         where their module is), `ephemeral_gpu_offload` and `low_cpu_mem_usage` (nothing is made to be thrown away).
         """
-        folder, config = _for_loading(model_id, None, is_trainable, hub)
-        check_fingerprint(folder, self.attached.base)
-        tensors = checkpoint.read_tensors(folder, allow_pickle=allow_pickle)
-        config.follow_file({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+        opening = {"is_trainable": is_trainable, "allow_pickle": allow_pickle, "key_mapping": key_mapping}
+        saved = open_adapter(model_id, self.attached.base, hub=hub, **opening)  # type: ignore[arg-type]
+        config = saved.config
         again = adapter_name in self.peft_config and self.peft_config[adapter_name].means_the_same(config)
         if not again:
             self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, initialize=False)
         try:
-            checkpoint.load_state(self.attached, adapter_name, tensors, place=folder)
+            self._take(saved, adapter_name, ignore_mismatched_sizes)
         except InputError:
             if not again:
                 self.delete_adapter(adapter_name)
@@ -170,6 +173,31 @@ class PeftModel(nn.Module):
     @property
     def peft_type(self) -> str:
         return self.active_peft_config.peft_type
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The modules any adapter trains in full."""
+        return {name for c in self.peft_config.values() for name in getattr(c, "modules_to_save", None) or ()} or None
+
+    @property
+    def base_model_torch_dtype(self) -> Any:
+        return getattr(self.base_model, "dtype", None)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train adapters, or no longer; which ones are active stays."""
+        if not isinstance(self.base_model, Tuner):
+            raise TypeError(
+                f"Setting `requires_grad` is not supported for prompt learning methods like {self.peft_type}."
+            )
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Any:
+        """The active prompt of a batch: embeddings [B, tokens, width], or a cache of each layer's keys and values."""
+        return prompt_of_batch(self.attached.prompt_of(self.active_adapter), batch_size, task_ids)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """What a prompt's file holds [tokens, width]."""
+        return self.attached.prompt_of(adapter_name).stored()["prompt_embeddings"].detach().cpu()
 
     def get_layer_status(self) -> list[status.TunerLayerStatus]:
         """What adapters each adapted layer has, and their state."""
@@ -268,6 +296,12 @@ class PeftModel(nn.Module):
             checkpoint.save_adapter(
                 self.attached, name, folder, state=state, save_embedding_layers=save_embedding_layers
             )
+        if is_main_process:
+            self.create_or_update_model_card(save_directory)
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write or update `README.md`: what a hub needs to know of the active adapter. Its text is kept."""
+        update_card(Path(output_dir) / "README.md", self)
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> None:
         """Refused: peftcli uploads nothing."""
@@ -292,6 +326,8 @@ class PeftModel(nn.Module):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         torch_device: str | None = None,
+        key_mapping: dict[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
         allow_pickle: bool = False,
         **hub: Any,
     ) -> PeftModel:
@@ -300,20 +336,29 @@ class PeftModel(nn.Module):
         Raises:
             InputErrors: listing every tensor the file lacks, has too much, or has in another shape.
         """
-        folder, config = _for_loading(model_id, config, is_trainable, hub)
         before = attached_to(model)
-        check_fingerprint(folder, before.base if before else fingerprint(model))
-        tensors = checkpoint.read_tensors(folder, allow_pickle=allow_pickle)
-        config.follow_file({key: tuple(tensor.shape) for key, tensor in tensors.items()})
-        wrapper = cls.class_for(config)(
-            model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, initialize=False
+        saved = open_adapter(
+            model_id,
+            before.base if before else fingerprint(model),
+            config=config,
+            is_trainable=is_trainable,
+            allow_pickle=allow_pickle,
+            key_mapping=key_mapping,
+            hub=hub,
+        )
+        wrapper = cls.class_for(saved.config)(
+            model, saved.config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, initialize=False
         )
         try:
-            checkpoint.load_state(wrapper.attached, adapter_name, tensors, place=folder)
+            wrapper._take(saved, adapter_name, ignore_mismatched_sizes)
         except InputError:
             wrapper.attached.unload(merge=False)  # the caller's model comes back as it was
             raise
         return wrapper if is_trainable else wrapper.eval()
+
+    def _take(self, saved: SavedAdapter, name: str, ignore_mismatched_sizes: bool) -> None:
+        fitting = fitting_sizes if ignore_mismatched_sizes else lambda attached, name, tensors: tensors
+        checkpoint.load_state(self.attached, name, fitting(self.attached, name, saved.tensors), place=saved.folder)
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the tuner's, or the user's model's."""
@@ -323,17 +368,3 @@ class PeftModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
-
-
-def _for_loading(
-    model_id: str | Path, config: PeftConfig | None, is_trainable: bool, hub: dict[str, Any]
-) -> tuple[Path, PeftConfig]:
-    """A saved adapter's folder, and its config (or the one given) set to how it is to be used."""
-    experts = hub.pop("adapters", None)  # X-LoRA's
-    folder = checkpoint.resolve_adapter_folder(model_id, **hub)
-    config = config or read_config(folder / checkpoint.CONFIG_NAME)
-    if config.is_prompt_learning and is_trainable:
-        raise InputError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
-    config.inference_mode = not is_trainable
-    config.locate(folder, experts)
-    return folder, config

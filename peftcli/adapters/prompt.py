@@ -92,6 +92,19 @@ class PromptEncoder(nn.Module):
             )
 
 
+def prompt_of_batch(encoder: Any, rows: int, task_ids: Tensor | None = None) -> Any:
+    """A prompt as `rows` sequences get it: embeddings [rows, tokens, width], or a `DynamicCache` with keys and values."""
+    prompt: Tensor = encoder(task_ids)
+    if encoder.method.feeds == "embeddings":
+        return prompt if prompt.dim() == 3 else prompt.expand(rows, *prompt.shape)
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for layer, pair in enumerate(encoder.method.key_values(prompt)):
+        cache.update(*(states.expand(rows, *states.shape) for states in pair), layer)
+    return cache
+
+
 def attach_prompt(model: nn.Module, config: PromptLearningConfig, name: str, *, initialize: bool = True) -> Attached:
     """Give a model a new prompt, and trained copies of the heads its task needs.
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
+import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
 from peftcli.adapters import checkpoint
-from peftcli.adapters.engine import adapters_of, user_model
+from peftcli.adapters.engine import Attached, adapters_of, base_modules, user_model
 from peftcli.errors import InputError, InputErrors
 
 
@@ -58,11 +59,56 @@ def _values_of(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Ten
             tensor.data = before[key]
 
 
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The base's own tensors by the names they have without adapters."""
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for path, module in base_modules(user_model(model))
+        for name, tensor in _own_state(module).items()
+    }
+
+
+def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
+    """Load the base's own tensors by the names they have without adapters.
+
+    Raises:
+        InputErrors: listing what is missing or unexpected, if `strict`; nothing has been changed then.
+    """
+    owned = get_base_model_state_dict(model)
+    result = LoadResult(
+        [key for key in owned if key not in state_dict], [key for key in state_dict if key not in owned]
+    )
+    if strict and any(result):
+        wrong = [("is missing", key) for key in result.missing_keys]
+        wrong += [("belongs to no module of the base", key) for key in result.unexpected_keys]
+        raise InputErrors(InputError(problem, place="state_dict", field=key) for problem, key in wrong)
+    with torch.no_grad():
+        for key in owned.keys() & state_dict.keys():
+            owned[key].copy_(state_dict[key])
+    return result
+
+
+def _own_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters and the buffers its state dict has, without those of modules inside it."""
+    fleeting = module._non_persistent_buffers_set
+    held = module._parameters | {name: b for name, b in module._buffers.items() if name not in fleeting}
+    return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+
 class LoadResult(NamedTuple):
     """What loading left out: nothing, or it would have raised."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
+
+
+def fitting_sizes(attached: Attached, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors, with the adapter's own where shapes differ; each is named in a warning."""
+    owned = checkpoint.owned_tensors(attached, name)
+    other = [key for key, tensor in tensors.items() if key in owned and owned[key].shape != tensor.shape]
+    for key in other:
+        warnings.warn(f"{key} has another shape and is left as it is", stacklevel=4)
+    return tensors | {key: owned[key].detach().clone() for key in other}
 
 
 def set_peft_model_state_dict(
@@ -89,9 +135,6 @@ def set_peft_model_state_dict(
     if user_model(model) is model:
         given = {k if k.startswith("base_model.") else checkpoint.PREFIX + k: tensor for k, tensor in given.items()}
     if ignore_mismatched_sizes:
-        owned = checkpoint.owned_tensors(attached, adapter_name)
-        for key in [key for key, tensor in given.items() if key in owned and owned[key].shape != tensor.shape]:
-            warnings.warn(f"{key} has another shape and is left as it is", stacklevel=2)
-            given[key] = owned[key].detach().clone()
+        given = fitting_sizes(attached, adapter_name, given)
     checkpoint.load_state(attached, adapter_name, given)
     return LoadResult([], [])

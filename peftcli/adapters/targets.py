@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from peftcli.adapters.expressions import fullmatch
-from peftcli.errors import InputError, printable
+from peftcli.errors import InputError, NoMatchingPeftModuleError, printable
 
 if TYPE_CHECKING:
     from peftcli.adapters.config import PeftConfig, TunerConfig
@@ -28,6 +28,8 @@ MAX_EXPRESSIONS = 1000  # in one rank_pattern: each costs a match on every modul
 PLAIN_NAME = re.compile(r"[\w.]*")
 DUMMY_TARGET_MODULES = "dummy-target-modules"
 """PEFT's word for an adapter that adapts nothing (it then only carries modules_to_save)."""
+INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
+"""PEFT's name for the word."""
 
 
 def matches(names: Iterable[str] | str, module: str, *, field: str) -> bool:
@@ -61,7 +63,7 @@ def pattern_value(pattern: Mapping[str, Value], module: str, default: Value, *, 
 
 def is_all_linear(targets: Any) -> bool:
     """Whether `target_modules` is the word for every linear layer but the output head."""
-    return isinstance(targets, str) and targets.lower() == "all-linear"
+    return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
 def select(config: TunerConfig, modules: Iterable[str], *, linear: Iterable[str] = ()) -> list[str]:
@@ -87,7 +89,7 @@ def select(config: TunerConfig, modules: Iterable[str], *, linear: Iterable[str]
         chosen = [name for name in modules if name and matches(targets, name, field="target_modules")]
     if not chosen:
         leaves = sorted({name.rpartition(".")[2] for name in modules} - {""})
-        raise InputError(
+        raise NoMatchingPeftModuleError(
             f"Target modules {printable(_shown(targets), 400)} not found in the base model. "
             "Please check the target modules and try again.",
             field="target_modules",
@@ -142,7 +144,7 @@ def _without_excluded(config: TunerConfig, chosen: list[str]) -> list[str]:
         return chosen
     kept = [name for name in chosen if not matches(excluded, name, field="exclude_modules")]
     if not kept:
-        raise InputError(
+        raise NoMatchingPeftModuleError(
             "All modules were excluded. This is likely unintended. Check your `target_modules`, "
             "`exclude_modules` and `modules_to_save` configuration.",
             field="exclude_modules",

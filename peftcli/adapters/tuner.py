@@ -180,6 +180,10 @@ class Tuner(nn.Module):
                 self.add_module(key, bank)
 
 
+BaseTuner = Tuner
+"""PEFT's name, for `isinstance`."""
+
+
 @cache
 def tuner_class(peft_type: str) -> type[Tuner]:
     """A method's class of tuners under PEFT's name, e.g. `LoraModel`."""

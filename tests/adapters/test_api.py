@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -188,3 +190,110 @@ def test_state_dicts_as_peft_passes_them() -> None:
     assert result.unexpected_keys == []
     now = get_peft_model_state_dict(model)
     assert all(torch.equal(now[name], (plain if name == key else moved)[name]) for name in plain)
+
+
+# -- PEFT's paths and names -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("tuners.lora", "LoraConfig LoraModel LoraLayer get_eva_state_dict convert_to_lora"),
+        ("tuners.lora.corda", "preprocess_corda"),
+        ("tuners.adalora", "AdaLoraConfig AdaLoraModel"),
+        ("tuners.tuners_utils", "BaseTuner BaseTunerLayer set_adapter"),
+        (
+            "utils",
+            "CONFIG_NAME WEIGHTS_NAME SAFETENSORS_WEIGHTS_NAME ModulesToSaveWrapper infer_device PeftType TaskType",
+        ),
+        ("utils.save_and_load", "get_peft_model_state_dict set_peft_model_state_dict load_peft_weights"),
+        ("utils.other", "prepare_model_for_kbit_training _get_submodules transpose"),
+        ("utils.hotswap", "hotswap_adapter prepare_model_for_compiled_hotswap"),
+        ("helpers", "rescale_adapter_scale check_if_peft_model"),
+        ("peft_model", "PeftModel get_layer_status"),
+        ("mapping", "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING get_peft_model"),
+    ],
+)
+def test_peft_s_paths_can_be_imported(path: str, names: str) -> None:
+    module = importlib.import_module(f"peftcli.{path}")
+    assert all(getattr(module, name) is not None for name in names.split())
+
+
+def test_names_that_are_not_here_say_what_is() -> None:
+    with pytest.raises(ImportError, match="ArrowConfig: Arrow routing is not here; XLoraConfig"):
+        from peftcli import ArrowConfig  # noqa: F401
+    with pytest.raises(ImportError, match="no module named|No module named"):
+        import peftcli.tuners.nonsense  # noqa: F401
+
+
+def test_a_lora_layer_is_told_from_others() -> None:
+    from peftcli.tuners.lora import LoraLayer
+
+    assert isinstance(get_peft_model(mlp(), lora()).base_model.model[0], LoraLayer)
+    other = get_peft_model(mlp(), peftcli.LoHaConfig(r=2, target_modules=["0"]))
+    assert not isinstance(other.base_model.model[0], LoraLayer)
+
+
+def test_a_prompt_is_shown_as_the_model_gets_it() -> None:
+    config = peftcli.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(llama(), config)
+    prompt = model.get_prompt(2)
+    assert prompt.shape == (2, 3, 16)
+    assert torch.equal(prompt[0], model.get_prompt_embedding_to_save("default"))
+    alone = peftcli.PromptEmbedding(model.active_peft_config, model.get_input_embeddings())
+    assert alone(torch.arange(3)[None]).shape == (1, 3, 16)
+    with pytest.raises(TypeError, match="not supported for prompt learning"):
+        model.set_requires_grad("default", False)
+    prefix = get_peft_model(llama(), peftcli.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    assert prefix.get_prompt(2).get_seq_length() == 3
+
+
+def test_keys_of_renamed_modules_are_mapped(tmp_path: Path) -> None:
+    model = get_peft_model(mlp(), lora())
+    model.save_pretrained(tmp_path)
+    renamed = nn.Sequential(nn.ModuleDict({"inner": mlp()}))
+    mapping = {r"^(\d)": r"0.inner.\1"}
+    config = lora(target_modules=["0.inner.0", "0.inner.2"])
+    loaded = PeftModel.from_pretrained(renamed, tmp_path, config=config, key_mapping=mapping)
+    before, after = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded)
+    assert all(torch.equal(after[key.replace("model.", "model.0.inner.", 1)], before[key]) for key in before)
+
+
+def test_tensors_of_other_shapes_can_be_left_out(tmp_path: Path) -> None:
+    get_peft_model(mlp(), lora(r=2)).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="another shape"):
+        PeftModel.from_pretrained(mlp(), tmp_path, config=lora(), ignore_mismatched_sizes=True)
+
+
+def test_the_base_s_own_tensors_come_and_go_by_their_own_names() -> None:
+    model = get_peft_model(mlp(), lora(modules_to_save=["2"], target_modules=["0"]))
+    state = peftcli.get_base_model_state_dict(model)
+    assert state.keys() == mlp().state_dict().keys()
+    peftcli.set_base_model_state_dict(model, {key: torch.zeros_like(tensor) for key, tensor in state.items()})
+    assert not model.base_model.model[0].base_layer.weight.any()
+    with pytest.raises(ValueError, match="0.weight: is missing"):
+        peftcli.set_base_model_state_dict(model, {key: t for key, t in state.items() if key != "0.weight"})
+
+
+def test_a_card_is_written_and_updated_and_its_text_kept(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(task_type="CAUSAL_LM"))
+    path = tmp_path / "a" / "README.md"
+    model.save_pretrained(tmp_path / "a")
+    card = ModelCard.load(path)
+    assert (card.data.library_name, card.data.base_model) == ("peft", "base")  # never a path of this machine
+    assert (card.data.pipeline_tag, card.data.tags) == (
+        "text-generation",
+        ["base_model:adapter:base", "lora", "peftcli", "transformers"],
+    )
+    written = path.read_text()
+    model.save_pretrained(tmp_path / "a")
+    assert path.read_text() == written
+    path.write_text("---\nlicense: mit\ntags: [mine]\n---\nMy own words.\n")
+    model.save_pretrained(tmp_path / "a")
+    card = ModelCard.load(path)
+    assert card.data.license == "mit" and "mine" in card.data.tags and "My own words." in card.text
+    path.write_text("---\na: [\n---\n")
+    with pytest.warns(UserWarning, match="left as it is"):
+        model.create_or_update_model_card(tmp_path / "a")
+    assert path.read_text() == "---\na: [\n---\n"

@@ -168,7 +168,7 @@ def test_exactly_the_named_biases_are_trained_saved_and_switched(bias: str, tmp_
 def test_a_second_adapter_with_biases_is_refused() -> None:
     model = get_peft_model(llama(), lora(bias="all"))
     with pytest.raises(ValueError, match="supports only 1 adapter with bias"):
-        model.add_adapter("other", lora())
+        model.add_adapter("other", lora(bias="lora_only"))
     with pytest.raises(ValueError, match="biases"):
         model.eval()(IDS, adapter_names=["default", "__base__"])
 

@@ -184,14 +184,35 @@ def test_a_merged_adapter_is_not_deleted_and_others_are() -> None:
         model.delete_adapter("other")
 
 
-def test_an_adapter_is_added_beside_a_merged_one() -> None:
+def test_adding_an_adapter_unmerges_with_a_warning() -> None:
     base = mlp()
     weight = base[0].weight.detach().clone()
     model = get_peft_model(base, lora("0"))
-    expected = model(X)
     model.merge_adapter()
-    model.add_adapter("pissa", LoraConfig(r=2, target_modules=["2"], init_lora_weights="pissa"))
-    assert model.base_model.model[0].merged
-    torch.testing.assert_close(model(X), expected)
-    model.unmerge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.add_adapter("other", lora("0"))
     assert torch.equal(model.base_model.model[0].weight, weight)
+
+
+def test_an_adapter_named_twice_is_merged_once() -> None:
+    model = get_peft_model(mlp(), lora("0"))
+    expected = model(X)
+    model.merge_adapter(["default", "default"])
+    torch.testing.assert_close(model(X), expected)
+    for kind in (TypeError, ValueError):  # PEFT's today, and 0.13's
+        with pytest.raises(kind, match="should be a list of strings, got 'default'"):
+            model.merge_adapter("default")
+
+
+def test_one_adapter_with_biases_stands_beside_others_without() -> None:
+    model = get_peft_model(mlp(), lora("0", bias="lora_only"))
+    bare = mlp()(X)
+    with torch.no_grad():
+        model.base_model.model[0].bias.add_(1.0)
+    model.add_adapter("other", lora("2"))
+    model.set_adapter("other")
+    assert torch.equal(model.base_model.model[0](X), mlp()[0](X))
+    with model.disable_adapter():
+        assert torch.equal(model(X), bare)
+    with pytest.raises(ValueError, match="supports only 1 adapter with bias"):
+        model.add_adapter("third", lora("0", bias="all"))

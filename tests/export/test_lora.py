@@ -128,7 +128,7 @@ def test_clean_copy(base: Path, tmp_path: Path) -> None:
         (tmp_path / "a" / name).write_text("{}")
     export_peft(tmp_path / "a", tmp_path / "c")
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
-        *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json")
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json")
     ]
     copied = load_file(tmp_path / "c/adapter_model.safetensors")
     assert copied.keys() == tensors.keys()

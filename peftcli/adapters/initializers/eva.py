@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from annotated_types import Ge, Gt, Le
 
@@ -76,19 +77,47 @@ class IncrementalPCA:
         return self.singular_values**2 / self.square_sum
 
 
-def initialize_lora_eva_weights(
+def get_eva_state_dict(
     model: Any,
     dataloader: Iterable[Any],
-    adapter_name: str = "default",
+    peft_config: LoraConfig | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    adapter_name: str = "default",
+) -> dict[str, Tensor]:
+    """The components A [r, in] begins at, by module; r is the rank EVA deals to it.
+
+    Args:
+        model: a PeftModel, or with `peft_config` the bare model.
+        dataloader: batches that show what the model will see; a mapping is passed as keyword arguments.
+        peft_config: the config of the adapter to come; that of `adapter_name` by default.
+        forward_fn: how a batch is passed through the model.
+        adapter_name: the adapter.
+    """
+    from peftcli.adapters.engine import adapters_of, attached_to, user_model
+
+    if peft_config is None:
+        peft_config = cast("LoraConfig", adapters_of(model).configs[adapter_name])
+    attached = attached_to(user_model(model))
+    with attached.switched_off() if attached else nullcontext():
+        started = eva_start(user_model(model), replace(peft_config), dataloader, forward_fn)
+    return {name: a for name, (a, _) in started.prepared.items()}
+
+
+def initialize_lora_eva_weights(
+    model: Any,
+    dataloader: Iterable[Any] | None = None,
+    eva_state_dict: dict[str, Tensor] | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    adapter_name: str = "default",
 ) -> None:
     """Start a LoRA adapter made with `init_lora_weights="eva"` from data; its ranks are dealt out anew.
 
     Args:
         model: a PeftModel.
         dataloader: batches that show what the model will see; a mapping is passed as keyword arguments.
-        adapter_name: the adapter.
+        eva_state_dict: what `get_eva_state_dict` gave, instead of data.
         forward_fn: how a batch is passed through the model.
+        adapter_name: the adapter.
     """
     from peftcli.adapters.attach import attach
     from peftcli.adapters.engine import adapters_of
@@ -100,8 +129,14 @@ def initialize_lora_eva_weights(
     others = [name for name in attached.configs if name != adapter_name]
     if others:
         raise InputError("EVA starts a model's only adapter", fix=f"delete {', '.join(others)} first")
+    if (dataloader is None) == (eva_state_dict is None):
+        raise InputError("either `dataloader` or `eva_state_dict` says how the adapter starts", field="dataloader")
     model.base_model.delete_adapter(adapter_name)
-    started = eva_start(attached.root, config, dataloader, forward_fn)
+    if eva_state_dict is not None:
+        ranks = {name: adapter.r for name, (_, adapter) in linear_sites(attached.root, config, purpose="EVA").items()}  # type: ignore[attr-defined]
+        started = _started(config, ranks, eva_state_dict)
+    else:
+        started = eva_start(attached.root, config, dataloader or (), forward_fn)
     attach(attached.root, started, adapter_name)
 
 
@@ -131,23 +166,33 @@ def eva_start(
                 break
     if short := [name for name, pca in found.items() if pca.components is None]:
         raise InputError(f"too few inputs for {found[short[0]].count} components", place=short[0], field="eva_config")
-    return _dealt(config, settings, ranks, found)
+    return _dealt(config, ranks, found)
 
 
-def _dealt(
-    config: LoraConfig, settings: EvaConfig, ranks: dict[str, int], found: dict[str, IncrementalPCA]
-) -> LoraConfig:
+def _dealt(config: LoraConfig, ranks: dict[str, int], found: dict[str, IncrementalPCA]) -> LoraConfig:
     """Give the budget of ranks to the components that explain most, over all layers."""
+    settings: Any = config.eva_config or EvaConfig()
     scored = [(float(ratio), name) for name, pca in found.items() for ratio in pca.explained_variance_ratio()]
     best = sorted(scored, key=lambda item: -item[0])[: sum(ranks.values())]
     dealt = {name: sum(1 for _, owner in best if owner == name) for name in ranks}
     kept = {name: rank for name, rank in dealt.items() if rank}
-    prepared, alphas = {}, {}
+    starts = {}
     for name, rank in kept.items():
         pca = found[name]
         assert pca.components is not None and pca.singular_values is not None
         a = pca.components[:rank]
-        prepared[name] = (a / pca.singular_values[:rank].sqrt()[:, None] if settings.whiten else a, None)
+        starts[name] = a / pca.singular_values[:rank].sqrt()[:, None] if settings.whiten else a
+    return _started(config, ranks, starts)
+
+
+def _started(config: LoraConfig, ranks: dict[str, int], starts: dict[str, Tensor]) -> LoraConfig:
+    """The config of an adapter whose A begin as they are given, with the ranks they have instead of `ranks`."""
+    settings: Any = config.eva_config or EvaConfig()
+    if unknown := sorted(starts.keys() - ranks.keys()):
+        raise InputError(f"{unknown[0]} is no module of the adapter", field="eva_state_dict")
+    kept = {name: len(a) for name, a in starts.items()}
+    alphas = {}
+    for name, rank in kept.items():
         ratio = rank / ranks[name]
         alphas[name] = config.lora_alpha * (ratio**0.5 if config.use_rslora else ratio)
     new = replace(
@@ -156,5 +201,5 @@ def _dealt(
         rank_pattern=kept,
         alpha_pattern=alphas if settings.adjust_scaling_factors else dict(config.alpha_pattern),
     )
-    new.prepared = prepared
+    new.prepared = {name: (a, None) for name, a in starts.items()}
     return new

@@ -160,6 +160,7 @@ def test_saved_and_loaded_is_the_same(experts: dict[str, str], tmp_path: Path) -
     model = gated(experts)
     model.save_pretrained(tmp_path / "gate")
     assert {path.name for path in (tmp_path / "gate").iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "base_fingerprint.json",
