@@ -222,7 +222,7 @@ def test_peft_s_paths_can_be_imported(path: str, names: str) -> None:
 def test_names_that_are_not_here_say_what_is() -> None:
     with pytest.raises(ImportError, match="ArrowConfig: Arrow routing is not here; XLoraConfig"):
         from peftcli import ArrowConfig  # noqa: F401
-    with pytest.raises(ImportError, match="no module named|No module named"):
+    with pytest.raises(ImportError, match="No module named"):
         import peftcli.tuners.nonsense  # noqa: F401
 
 
@@ -256,7 +256,7 @@ def test_keys_of_renamed_modules_are_mapped(tmp_path: Path) -> None:
     config = lora(target_modules=["0.inner.0", "0.inner.2"])
     loaded = PeftModel.from_pretrained(renamed, tmp_path, config=config, key_mapping=mapping)
     before, after = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded)
-    assert all(torch.equal(after[key.replace("model.", "model.0.inner.", 1)], before[key]) for key in before)
+    assert all(torch.equal(*pair) for pair in zip(after.values(), before.values(), strict=True))
 
 
 def test_tensors_of_other_shapes_can_be_left_out(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_the_base_s_own_tensors_come_and_go_by_their_own_names() -> None:
     assert state.keys() == mlp().state_dict().keys()
     peftcli.set_base_model_state_dict(model, {key: torch.zeros_like(tensor) for key, tensor in state.items()})
     assert not model.base_model.model[0].base_layer.weight.any()
-    with pytest.raises(ValueError, match="0.weight: is missing"):
+    with pytest.raises(ValueError, match=r"0\.weight: is missing"):
         peftcli.set_base_model_state_dict(model, {key: t for key, t in state.items() if key != "0.weight"})
 
 
