@@ -19,6 +19,7 @@ from peftcli.adapters.prompt_base import PromptLearningConfig
 from peftcli.adapters.registry import adapter_class, adapter_class_of
 from peftcli.adapters.sites import LinearSite, ParameterSite, Site, TransposedSite, site_for
 from peftcli.adapters.targets import default_targets, matches, select, shortest_names, unmatched_targets
+from peftcli.errors import InputError, printable
 
 TASK_HEADS = frozenset(head for heads in HEADS.values() for head in heads)
 
