@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -73,19 +74,37 @@ def test_the_nl2bash_twin_trains_and_is_evaluated_as_the_recipe_says(
     assert set(rows) == {"loss", "exact_match", "f1"} and rows["loss"]["n"] == rows["f1"]["n"] == 8
 
 
-def test_lora_ddp_is_planned_for_eight_and_its_twin_trained_by_two(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "batch", "runs"),
+    [
+        ("lora-ddp", "1 x 4 accumulated x 8", "2 processes, each with the whole model (DDP)"),
+        pytest.param(
+            "lora-zero3",
+            "1 x 8 accumulated x 4",
+            "2 processes share the base (DeepSpeed ZeRO-3)",
+            marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the package deepspeed"),
+        ),
+    ],
+)
+def test_what_is_for_several_gpus_is_planned_and_its_twin_trained_by_two(
+    name: str,
+    batch: str,
+    runs: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     save_tiny_llama(tmp_path / "base", positions=1024)
     monkeypatch.chdir(tmp_path)
-    twin = ["train", str(PROJECT / "recipes/lora-ddp.yaml"), "model.name_or_path=base", "training.max_steps=2"]
+    twin = ["train", str(PROJECT / f"recipes/{name}.yaml"), "model.name_or_path=base", "training.max_steps=2"]
     source = {"path": str(DATA / "quickstart-train.jsonl"), "max_samples": 64}
     twin += ["model.dtype=auto", "data.max_length=512", "data.eval=null", f"data.train=[{json.dumps(source)}]"]
     assert main([*twin, "--dry-run", "--", "--tee", "3"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "batch 1 x 4 accumulated x 8 processes" in shown and "memory on cpu" in shown
-    worker = f"--module peftcli.training.worker {tmp_path / 'out/lora-ddp'}"
-    assert f"ddp.yaml --num_processes 8 --tee 3 {worker}" in shown
-    peft(*twin, "launcher.num_processes=2", cwd=tmp_path)
-    result = json.loads((tmp_path / "out/lora-ddp/result.json").read_text())
+    assert f"batch {batch} processes" in shown and "memory on cpu" in shown
+    assert ("gathered" in shown) == (name == "lora-zero3")
+    worker = f"--module peftcli.training.worker {tmp_path / 'out' / name}"
+    assert f"ddp.yaml --num_processes {batch[-1]} --tee 3 {worker}" in shown
+    assert runs in peft(*twin, "launcher.num_processes=2", cwd=tmp_path).stdout
+    result = json.loads((tmp_path / "out" / name / "result.json").read_text())
     assert result["steps"] == 2 and result["difference"] == 0

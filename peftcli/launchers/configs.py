@@ -95,3 +95,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError("is no launcher file: it holds no mapping", place=path, field="launcher.config")
     return values
+
+
+def shards_base(recipe: Recipe) -> bool:
+    """Whether no process holds the whole base: FSDP, or ZeRO-3."""
+    launcher = recipe.launcher
+    if launcher.type != "deepspeed":
+        return launcher.type == "fsdp"
+    from peftcli.launchers import deepspeed
+
+    return deepspeed.stage(read_strict_json(find(launcher.type, launcher.config or DEFAULTS[launcher.type]))) == 3

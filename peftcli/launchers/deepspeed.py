@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON files: ZeRO stages 1 and 2. Values that the recipe decides are `auto`, and filled in here."""
+"""DeepSpeed's JSON files: ZeRO stages 1 to 3. Values that the recipe decides are `auto`, and filled in here."""
 
 from __future__ import annotations
 
@@ -27,6 +27,37 @@ OURS = {
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 """Optimizers that treat each number for itself."""
 
+OTHER = "use launcher.type accelerate or fsdp"
+
+STAGE_3_METHODS = (
+    "full",
+    "lora",
+    "adalora",
+    "ia3",
+    "ln_tuning",
+    "loha",
+    "lokr",
+    "oft",
+    "vera",
+    "prompt_tuning",
+    "prefix_tuning",
+)
+"""Methods whose run under ZeRO-3 was compared with one process."""
+
+STAGE_3_OPTIONS = {
+    "stage",
+    "overlap_comm",
+    "contiguous_gradients",
+    "reduce_scatter",
+    "reduce_bucket_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "memory_efficient_linear",
+}
+"""What a file may say of stage 3: what changes when data move, never what is computed."""
+
 INSTALL = "pip install 'peftcli[deepspeed]'"
 
 
@@ -51,6 +82,8 @@ def completed(values: dict[str, Any], recipe: Recipe, processes: int, *, place: 
         filled[key] = value
     if problems:
         raise InputErrors(problems)
+    if filled["zero_optimization"]["stage"] == 3:
+        filled["zero_optimization"] = {**filled["zero_optimization"], "memory_efficient_linear": False}
     # Base and adapter stay in the types the recipe gives them, and the optimizer is torch's own.
     return {**filled, "zero_allow_untested_optimizer": True, "steps_per_print": 1 << 40}
 
@@ -88,8 +121,10 @@ def _decided(recipe: Recipe, processes: int) -> dict[str, tuple[float, str]]:
 def _refused(values: dict[str, Any], recipe: Recipe, place: Path) -> Iterator[InputError]:
     zero = values.get("zero_optimization")
     found = zero.get("stage") if isinstance(zero, dict) else None
-    if found not in (1, 2):
-        yield InputError(f"is {printable(repr(found))}", place=place, field="zero_optimization.stage", allowed="1, 2")
+    if found not in (1, 2, 3):
+        yield InputError(
+            f"is {printable(repr(found))}", place=place, field="zero_optimization.stage", allowed="1, 2, 3"
+        )
     for key, field in OURS.items():
         section = values.get(key)
         if section is None or (isinstance(section, dict) and section.get("enabled") is False):
@@ -111,11 +146,31 @@ def _refused(values: dict[str, Any], recipe: Recipe, place: Path) -> Iterator[In
 
 def _not_yet(zero: dict[str, Any], recipe: Recipe) -> Iterator[InputError]:
     """What has not been proved under DeepSpeed."""
-    other = "use launcher.type accelerate or fsdp"
     if recipe.quantization is not None:
-        yield InputError("is not supported under DeepSpeed yet", field="quantization", fix=other)
+        yield InputError("is not supported under DeepSpeed yet", field="quantization", fix=OTHER)
+    if zero.get("stage") == 3:
+        yield from _not_yet_in_stage_3(zero, recipe)
     if any(isinstance(zero.get(name), dict) for name in ("offload_param", "offload_optimizer")):
         yield InputError("offloading is not supported yet", field="zero_optimization", fix="take it out of the file")
+
+
+def _not_yet_in_stage_3(zero: dict[str, Any], recipe: Recipe) -> Iterator[InputError]:
+    where = "is not supported under ZeRO-3 yet"
+    for name in sorted(zero.keys() - STAGE_3_OPTIONS):
+        yield InputError(where, field=f"zero_optimization.{name}", fix="take it out of the file")
+    if zero.get("memory_efficient_linear", False):  # DeepSpeed's default
+        yield InputError(
+            "would replace torch's linear layers", field="zero_optimization.memory_efficient_linear", allowed="false"
+        )
+    if recipe.adapter.method not in STAGE_3_METHODS:
+        allowed = ", ".join(STAGE_3_METHODS)
+        yield InputError(f"{recipe.adapter.method} {where}", field="adapter.method", allowed=allowed, fix=OTHER)
+    if getattr(recipe.adapter.config, "target_parameters", None):
+        yield InputError(where, field="adapter.target_parameters", fix=OTHER)
+    if recipe.model.task_type != "CAUSAL_LM":
+        yield InputError(f"{recipe.model.task_type} {where}", field="model.task_type", fix=OTHER)
+    if recipe.preference is not None:
+        yield InputError(where, field="preference", fix=OTHER)
 
 
 def _contradiction(key: str, stated: Any, value: Any, field: str, place: Path) -> InputError:

@@ -14,10 +14,12 @@ from peftcli.adapters.config import PeftConfig, TaskType
 from peftcli.adapters.engine import adapters_of
 from peftcli.adapters.targets import unmatched_patterns
 from peftcli.errors import InputError, InputErrors, printable
+from peftcli.launchers.configs import shards_base
 from peftcli.recipe.adapter_section import settable
 from peftcli.recipe.schema import Recipe
 from peftcli.training.model import open_base
 from peftcli.training.optimizers import loraplus_groups
+from peftcli.training.strategies.zero3 import require_dense
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def outline(recipe: Recipe) -> Outline:
         model: nn.Module = base.empty()
         parameters = sum(parameter.numel() for parameter in model.parameters())
         linear = sum(isinstance(module, nn.Linear) for module in model.modules())
+        if recipe.launcher.type == "deepspeed" and shards_base(recipe):
+            require_dense(model)
         if recipe.adapter.config is not None:
             model = adapted(model, recipe.adapter.config, recipe.model.task_type)
     if training.loraplus_lr_ratio is not None:

@@ -31,6 +31,7 @@ import torch  # noqa: TID253
 from peftcli.data.collate import MULTIPLE
 from peftcli.data.tokens import TokenDataset
 from peftcli.errors import PeftCliError
+from peftcli.launchers.configs import shards_base
 from peftcli.lazy import numpy as np
 from peftcli.recipe.schema import Recipe
 from peftcli.training.batches import row_length
@@ -112,7 +113,7 @@ def plan_memory(
         recipe: the run.
         train: its training data.
         evaluation: its evaluation data.
-        processes: on this machine; each holds the whole model, unless FSDP shards it.
+        processes: on this machine; each holds the whole model, unless FSDP or ZeRO-3 shards it.
         device: of one of them; `training_device()` when None.
 
     Raises:
@@ -124,7 +125,7 @@ def plan_memory(
     held_out = heaviest_batch(evaluation, settings.per_device_eval_batch_size) if evaluation is not None else None
     try:
         with _quiet_fake_tensors():
-            sharded_over = processes if recipe.launcher.type == "fsdp" else 1
+            sharded_over = processes if shards_base(recipe) else 1
             parts = footprint(recipe, batch, held_out, device=device, sharded_over=sharded_over)
     except PeftCliError:
         raise

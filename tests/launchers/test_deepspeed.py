@@ -25,7 +25,7 @@ def recipe(config: str, **training: Any) -> Recipe:
     )
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_recipes_values_are_filled_in(stage: int) -> None:
     values = resolve(recipe(f"zero{stage}", gradient_accumulation_steps=3, max_grad_norm=0.5), 2)
     assert values["zero_optimization"]["stage"] == stage
@@ -37,7 +37,12 @@ def test_the_recipes_values_are_filled_in(stage: int) -> None:
     ("file", "says"),
     [
         ({"zero_optimization": {"stage": 2}, "train_batch_size": 5}, "train_batch_size: is 5, but the recipe says"),
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: is 3"),
+        ({"zero_optimization": {"stage": 3, "memory_efficient_linear": True}}, "would replace torch's linear layers"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+            "zero_quantized_weights: is not supported",
+        ),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: is 4"),
         ({"zero_optimization": {"stage": 1}, "optimizer": {"type": "AdamW"}}, "optimizer: is decided by the recipe"),
         ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, "offloading is not supported"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,11 +10,20 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import torch
+from cli.conftest import peft
 from faults.nursery import make_place, outcome
+from safetensors.torch import load_file
 
+from peftcli.data.tokens import TokenDataset
+from peftcli.launchers.deepspeed import STAGE_3_METHODS
 from peftcli.training import worker
+from peftcli.training.batches import training_windows
+from peftcli.training.losses import chunk_rows
+from training.run_folders import save_base
 from training.side_by_side import (
     DDP,
     FSDP,
@@ -26,6 +36,7 @@ from training.side_by_side import (
     run_in_two,
     save_bases,
 )
+from training.tiny import VOCABULARY, settings
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the package deepspeed")
 
@@ -44,18 +55,77 @@ def zero(config: str) -> Launcher:
     return {"type": "deepspeed", "num_processes": 2, "config": config}
 
 
-LAUNCHERS = {"ddp": DDP, "fsdp": FSDP, "zero1": zero("zero1"), "zero2": zero("zero2")}
+LAUNCHERS = {name: zero(name) for name in ("zero1", "zero2", "zero3")} | {"ddp": DDP, "fsdp": FSDP}
 FAST = {
     "lora": Row({**LORA, "target_modules": "all-linear"}, training={"gradient_accumulation_steps": 2}),
     "adalora": Row(ADALORA),
 }
+ZERO3 = {
+    "modules_to_save": Row({**LORA, "modules_to_save": ["lm_head"]}, training={"gradient_checkpointing": True}),
+    "full": Row({"method": "full"}, base="tied"),
+    "long": Row(LORA, base="long"),
+}
+"""Fast, under ZeRO-3 only. The long samples' losses take several pieces, of each process another number."""
+SLOW = {
+    "dora": Row({**LORA, "use_dora": True}),
+    "pissa": Row({**LORA, "init_lora_weights": "pissa"}),
+    "bias": Row({**LORA, "bias": "lora_only"}),
+    "embeddings": Row({**LORA, "target_modules": ["embed_tokens", "q_proj"]}),
+    "head": Row({**LORA, "target_modules": ["lm_head", "q_proj"]}),
+    "tokens": Row({**LORA, "trainable_token_indices": [1, 2, 3]}),
+    "both_tied": Row({**LORA, "modules_to_save": ["embed_tokens", "lm_head"]}, base="tied"),
+    "checkpointed": Row(
+        {**LORA, "use_dora": True}, training={"gradient_checkpointing": True, "gradient_accumulation_steps": 2}
+    ),
+    "full_in_windows": Row(
+        {"method": "full"}, training={"gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    ),
+    "ln_tuning": Row({"method": "ln_tuning"}),
+    "tied": Row(LORA, base="tied"),
+    "ia3": Row({"method": "ia3"}),
+    "loha": Row({"method": "loha", "r": 4, "target_modules": ["q_proj"]}),
+    "lokr": Row({"method": "lokr", "r": 4, "target_modules": ["q_proj"]}),
+    "oft": Row({"method": "oft", "oft_block_size": 4, "target_modules": ["q_proj"]}),
+    "vera": Row({"method": "vera", "r": 4, "target_modules": ["q_proj"]}),
+    "prompt_tuning": Row({"method": "prompt_tuning", "num_virtual_tokens": 4}),
+    "prefix_tuning": Row({"method": "prefix_tuning", "num_virtual_tokens": 4}),
+}
+BFLOAT16 = Row(LORA, base="bfloat16", training={"bf16": True})
 DROPS = Row({**LORA, "lora_dropout": 0.2})
-CONTINUED = [("zero2", "zero2"), ("zero1", "zero1"), ("zero2", "ddp"), ("fsdp", "zero2"), ("zero1", "zero2")]
+CONTINUED = [
+    ("zero2", "zero2"),
+    ("zero1", "zero1"),
+    ("zero2", "ddp"),
+    ("fsdp", "zero2"),
+    ("zero1", "zero2"),
+    ("zero3", "zero3"),
+    ("zero3", "ddp"),
+    ("fsdp", "zero3"),
+]
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return save_bases(tmp_path_factory.mktemp("bases"))
+    folder = tmp_path_factory.mktemp("bases")
+    return {**save_bases(folder), "long": save_base(folder / "long", max_position_embeddings=512)}
+
+
+def prepare(row: Row, folder: Path, bases: dict[str, Path], launcher: Launcher | None = None) -> None:
+    """In one process without a launcher."""
+    if launcher is None:
+        row.prepare_alone(folder, bases[row.base])
+    else:
+        row.prepare(folder, bases[row.base], launcher)
+    if row.base == "long":
+        long_data().save(folder / "data" / "train.safetensors")
+
+
+def long_data() -> TokenDataset:
+    """Every other sample has more labels than the loss takes at once."""
+    lengths = (300 if number % 2 else 9 for number in range(16))
+    tokens = np.random.default_rng(0)
+    pairs = ((tokens.integers(1, VOCABULARY, n).astype(np.int32), np.arange(n) > 0) for n in lengths)
+    return TokenDataset.from_samples(pairs)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +134,15 @@ def fast(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path]) -> Pa
     folder = tmp_path_factory.mktemp("fast")
     runs: list[tuple[str, str | None]] = []
     for name, row in FAST.items():
-        for launcher in ("zero1", "zero2"):
-            row.prepare(folder / f"{name}-{launcher}", bases[row.base], LAUNCHERS[launcher])
+        for launcher in ("zero1", "zero2", "zero3"):
+            prepare(row, folder / f"{name}-{launcher}", bases, LAUNCHERS[launcher])
             runs.append((f"{name}-{launcher}", None))
+    for name, row in ZERO3.items():
+        prepare(row, folder / f"{name}-zero3", bases, LAUNCHERS["zero3"])
+        runs.append((f"{name}-zero3", None))
+    for launcher in ("zero3", "ddp"):
+        BFLOAT16.prepare(folder / f"bfloat16-{launcher}", bases["bfloat16"], LAUNCHERS[launcher])
+        runs.append((f"bfloat16-{launcher}", None))
     for launcher in LAUNCHERS:
         DROPS.prepare(folder / launcher, bases["float32"], LAUNCHERS[launcher])
         runs.append((launcher, None))
@@ -81,16 +157,58 @@ def fast(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path]) -> Pa
     return folder
 
 
-@pytest.mark.parametrize("launcher", ["zero1", "zero2"])
-@pytest.mark.parametrize("name", FAST)
-def test_equals_one_process(name: str, launcher: str, fast: Path, bases: dict[str, Path], tmp_path: Path) -> None:
-    row = FAST[name]
-    row.prepare_alone(tmp_path / "one", bases[row.base])
+@pytest.mark.parametrize("name", [*FAST, *ZERO3])
+def test_equals_one_process(name: str, fast: Path, bases: dict[str, Path], tmp_path: Path) -> None:
+    prepare({**FAST, **ZERO3}[name], tmp_path / "one", bases)
     worker.run(tmp_path / "one")
-    assert_equal(tmp_path / "one", fast / f"{name}-{launcher}")
+    for launcher in ("zero1", "zero2", "zero3") if name in FAST else ("zero3",):
+        assert_equal(tmp_path / "one", fast / f"{name}-{launcher}")
 
 
-@pytest.mark.parametrize("launcher", ["zero1", "zero2"])
+def test_long_samples_take_processes_different_numbers_of_pieces() -> None:
+    """Else the row says nothing about heads that are called more often in one process than in the other."""
+    data, rows = long_data(), chunk_rows(torch.device("cpu"))
+    chosen = settings(per_device_train_batch_size=2, group_by_length=False)
+    windows = (training_windows(data, chosen, 0, world_size=2, rank=rank, row_length=None) for rank in (0, 1))
+    pieces = [[-(-int(data.label_counts[window[0]].sum()) // rows) for window in own] for own in windows]
+    assert pieces[0] != pieces[1]
+
+
+def test_a_sharded_base_in_16_bits_differs_from_ddp_by_rounding(fast: Path) -> None:
+    assert_equal(fast / "bfloat16-ddp", fast / "bfloat16-zero3", losses=5e-3, values=2e-3)
+
+
+def test_what_runs_is_read_back(fast: Path) -> None:
+    assert "2 processes share the base (DeepSpeed ZeRO-3)" in (fast / "lora-zero3/screen.txt").read_text()
+
+
+@pytest.mark.slow
+def test_every_method_allowed_under_zero3_equals_one_process(tmp_path: Path, bases: dict[str, Path]) -> None:
+    rows = (*FAST.values(), *ZERO3.values(), *SLOW.values())
+    assert {row.adapter["method"] for row in rows} == set(STAGE_3_METHODS)
+    for name, row in SLOW.items():
+        prepare(row, tmp_path / name, bases, LAUNCHERS["zero3"])
+    run_in_two(tmp_path, [(name, None) for name in SLOW])
+    for name, row in SLOW.items():
+        prepare(row, tmp_path / f"{name}-one", bases)
+        worker.run(tmp_path / f"{name}-one")
+        assert_equal(tmp_path / f"{name}-one", tmp_path / name)
+
+
+def test_train_saves_the_whole_adapter_under_zero3(tmp_path: Path) -> None:
+    make_place(tmp_path)
+    launcher = "launcher={type: deepspeed, num_processes: 2, config: zero3}"
+    peft("train", "recipe.yaml", "training.output_dir=run", launcher, cwd=tmp_path)
+    config = json.loads((tmp_path / "run/adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "run/adapter_model.safetensors")
+    assert tensors
+    for name, tensor in tensors.items():
+        assert tensor.dim() == 2 and tensor.shape[".lora_B." in name] == config["r"], name
+        assert all(half.count_nonzero() for half in tensor.flatten().chunk(2)), name
+    assert json.loads((tmp_path / "run/result.json").read_text())["difference"] == 0
+
+
+@pytest.mark.parametrize("launcher", ["zero1", "zero2", "zero3"])
 def test_resumed_to_the_bit(launcher: str, fast: Path) -> None:
     assert_same_end(fast / f"{launcher}-to-{launcher}", fast / launcher)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peftcli.launchers import configs
+from peftcli.launchers.deepspeed import stage
 from peftcli.recipe.schema import Recipe
 from peftcli.training.strategies.plain import Strategy
 
@@ -25,8 +26,9 @@ def make_strategy(recipe: Recipe, run_folder: Path) -> Strategy:
     config = configs.read(run_folder / "data")
     if recipe.launcher.type == "deepspeed":
         from peftcli.training.strategies.deepspeed import DeepSpeed
+        from peftcli.training.strategies.zero3 import ZeRO3
 
-        kind: type[Strategy] = DeepSpeed
+        kind: type[Strategy] = ZeRO3 if stage(config) == 3 else DeepSpeed
     elif recipe.launcher.type == "fsdp":
         from peftcli.training.strategies.fsdp import FullyShardedDataParallel
 

@@ -52,26 +52,27 @@ class DeepSpeed(Strategy):
         self._gradients: dict[nn.Parameter, Tensor] = {}
 
     def describe(self) -> str:
+        self._check_stage()
         count = self.accelerator.num_processes
-        found = self.engine.zero_optimization_stage()
+        held, whole = sum(flat.numel() for flat in self._flat()), sum(p.numel() for p in self._trained())
+        if count > 1 and held >= whole:
+            raise RunError(f"{self.name} shards nothing: each process optimizes all {whole:,} numbers")
+        parts = {1: "optimizer state", 2: "optimizer state and gradients"}
+        return f"{count} processes, {parts[self.stage]} sharded (DeepSpeed {self.name})"
+
+    def _check_stage(self) -> None:
+        count, found = self.accelerator.num_processes, self.engine.zero_optimization_stage()
         if found != self.stage or self.engine.dp_world_size != count:
             raise RunError(
                 f"the recipe asks for ZeRO-{self.stage} over {count} processes, but DeepSpeed runs ZeRO-{found} over "
                 f"{self.engine.dp_world_size}"
             )
-        held, whole = sum(flat.numel() for flat in self._flat()), sum(p.numel() for p in self._trained())
-        if count > 1 and held >= whole:
-            raise RunError(f"ZeRO-{found} shards nothing: each process optimizes all {whole:,} numbers")
-        parts = {1: "optimizer state", 2: "optimizer state and gradients"}
-        return f"{count} processes, {parts[found]} sharded (DeepSpeed ZeRO-{found})"
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
     def prepare(
         self, model: nn.Module, loss: nn.Module, make_optimizer: MakeOptimizer, *, keep_gradients: bool = False
     ) -> None:
-        import deepspeed
-
         self.model, self._keep_gradients = model, keep_gradients
         kinds = {str(p.dtype).removeprefix("torch.") for p in self._trained()}
         if len(kinds) > 1:
@@ -83,9 +84,16 @@ class DeepSpeed(Strategy):
         self.optimizer = make_optimizer()
         self.names = state.parameter_names(model, self.optimizer)
         self._groups = [list(group["params"]) for group in self.optimizer.param_groups]
-        with quietly():
-            self.engine, *_ = deepspeed.initialize(model=loss, optimizer=self.optimizer, config=dict(self.config))
+        self.engine = self._initialize(loss, optimizer=self.optimizer)
         self.loss = self.scoring = self.engine
+
+    def _initialize(self, module: nn.Module, **arguments: Any) -> Any:
+        """DeepSpeed's engine around a module."""
+        import deepspeed
+
+        with quietly():
+            engine, *_ = deepspeed.initialize(model=module, config=dict(self.config), **arguments)
+        return engine
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -97,7 +105,10 @@ class DeepSpeed(Strategy):
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def gradient_norm(self) -> Tensor:
-        norm = torch.as_tensor(self.engine.optimizer.scaled_global_norm())
+        return self._norm(self.engine.optimizer.scaled_global_norm())
+
+    def _norm(self, found: Any) -> Tensor:
+        norm = torch.as_tensor(found)
         return norm if norm >= 0 else torch.full_like(norm, torch.nan)  # DeepSpeed's sign of one that is not finite
 
     def step(self, norm: Tensor, max_norm: float) -> None:
@@ -177,7 +188,7 @@ class DeepSpeed(Strategy):
                 self._set(parameters[name], value)
             for field, values in found.items():
                 for name, value in values.items():
-                    if value.shape == parameters[name].shape:
+                    if value.dim():
                         self._set(parameters[name], value, field)
 
     def _link_state(self) -> None:
@@ -187,9 +198,13 @@ class DeepSpeed(Strategy):
         zero._lazy_init_hp_params_optimizer_state()
 
     def finish(self) -> None:
-        self.engine.destroy()
-        del self.engine, self._groups
+        self._destroy()
+        del self._groups
         super().finish()
+
+    def _destroy(self) -> None:
+        self.engine.destroy()
+        del self.engine
 
 
 @contextmanager

@@ -1,0 +1,186 @@
+"""ZeRO-3 by DeepSpeed's engine: the base sharded over the processes too, gathered where a module is about to need it.
+
+With a base in 16 bits the module's output is rounded before an adapter adds to it, and gradients are summed in another
+order, both because of DeepSpeed's hooks: losses differ from DDP's by that rounding, with one in float32 they are equal.
+
+What an adapter owns is always whole in every process, as DeepSpeed's persistent parameters are: methods read their
+tensors outside of modules' forward passes (AdaLoRA's penalty, banks that layers share). Gradients and moments are sharded.
+
+Embeddings and head are gathered for a whole pass, without DeepSpeed's hooks: the loss calls the head once for every few
+rows, as many times as a process has labels, and hooks that gather must fire in the same order in every process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
+
+from peftcli.adapters.engine import base_modules, user_model
+from peftcli.errors import InputError, RunError
+from peftcli.launchers.deepspeed import OTHER
+from peftcli.training.model import load_base
+from peftcli.training.strategies.deepspeed import DeepSpeed, quietly
+from peftcli.training.strategies.fsdp import base_parameters
+from peftcli.training.strategies.plain import MakeOptimizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from peftcli.recipe.schema import ModelSection, QuantizationSection
+
+
+class ZeRO3(DeepSpeed):
+    """See the module."""
+
+    shards_base = True
+    _kept: list[Any]
+    """What is always whole."""
+    _ends: list[Any]
+    """Of embeddings and head, what is whole during a pass."""
+
+    def load_base(self, model: ModelSection, quantization: QuantizationSection | None) -> PreTrainedModel:
+        # In main memory: initialisers read whole weights, and `_initialize` then moves one after the other to the device.
+        return load_base(model, quantization, device="cpu")
+
+    def prepare(
+        self, model: nn.Module, loss: nn.Module, make_optimizer: MakeOptimizer, *, keep_gradients: bool = False
+    ) -> None:
+        self.model = model
+        super().prepare(model, loss, make_optimizer, keep_gradients=keep_gradients)
+        self._take_over(loss)
+
+    def _take_over(self, root: nn.Module) -> None:
+        """Keep what adapters own, and embeddings and head while `root` (the model, or what wraps it) runs."""
+        offload = getattr(self.engine.optimizer, "parameter_offload", self.engine.optimizer)
+        self._kept = offload.persistent_parameters
+        sharded = base_parameters(self.model)
+        others: Iterator[Any] = (p for p in root.parameters() if p not in sharded)
+        self._kept.extend(p for p in others if not p.ds_persist)
+        for parameter in self._kept:
+            parameter.ds_persist = parameter.is_external_param = True  # no module lets it go
+        self._gather(self._kept)
+
+        base = user_model(self.model)
+        found = [getattr(base, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
+        modules = {inner for module in found if isinstance(module, nn.Module) for inner in module.modules()}
+        tables = {id(table) for m in modules for table in (m._forward_pre_hooks, m._forward_hooks)}
+        for handle in (*offload.forward_hooks, *offload.backward_hooks):
+            if id(handle.hooks_dict_ref()) in tables:
+                handle.remove()
+        own: Iterator[Any] = (p for m in modules for p in m.parameters(recurse=False))
+        self._ends = sorted({p for p in own if not p.ds_persist}, key=lambda p: p.ds_id)
+        for parameter in self._ends:
+            parameter.is_external_param = True
+        root.register_forward_pre_hook(lambda *_: self._gather(self._ends))
+        root.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self._release_ends())
+
+    @staticmethod
+    def _gather(parameters: list[Any]) -> None:
+        if parameters:
+            parameters[0].all_gather(parameters)
+
+    def _release_ends(self) -> None:
+        if self._ends:
+            self._ends[0].partition(self._ends)
+
+    def backward(self, loss: Tensor) -> None:
+        super().backward(loss)
+        self._release_ends()
+
+    def _initialize(self, module: nn.Module, **arguments: Any) -> Any:
+        import deepspeed
+
+        with quietly():
+            deepspeed.zero.Init(module=module, config_dict_or_path=dict(self.config), dtype=torch.float32)
+        for buffer in module.buffers():
+            buffer.data = buffer.data.to(self.accelerator.device)
+        return super()._initialize(module, **arguments)
+
+    def describe(self) -> str:
+        self._check_stage()
+        count, whole, own = self.accelerator.num_processes, 0, 0
+        managed = base_parameters(self.model)
+        for name, parameter in self.model.named_parameters():
+            zero: Any = parameter  # what DeepSpeed adds to it
+            if parameter not in managed or zero.ds_persist:
+                continue
+            whole, own = whole + zero.ds_numel, own + zero.ds_tensor.numel()
+            if parameter.numel() or zero.ds_tensor.numel() != -(-zero.ds_numel // count):
+                raise RunError(f"{name} is not sharded over {count} processes, as ZeRO-3 asks for")
+        return f"{count} processes share the base (DeepSpeed ZeRO-3): {own:,} of its {whole:,} values are here"
+
+    def gradient_norm(self) -> Tensor:
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        return self._norm(combine_grad_norm_groups(self.engine.optimizer._get_norm_groups()))
+
+    @contextmanager
+    def whole(self, *, gradients: bool = False, write: bool = False) -> Iterator[None]:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        trained = self._trained()
+        frozen_ends = [p for p in self._ends if not p.requires_grad]  # adapters of embeddings are saved with their base
+        with GatheredParameters(trained, modifier_rank=0 if write else None), GatheredParameters(frozen_ends):
+            for parameter, gradient in self._gradients.items() if gradients else ():
+                parameter.grad = gradient.to(parameter.dtype)
+            yield
+            for parameter in self._gradients if gradients else ():
+                parameter.grad = None
+        for parameter in trained if write else ():  # the optimizer's copies follow
+            shard = parameter.ds_tensor.data.to(torch.float32)  # type: ignore[attr-defined]
+            self.engine.optimizer.set_local_hp_param(shard, parameter)
+        self._gather(self._kept)
+
+    @contextmanager
+    def forwarding(self) -> Iterator[None]:
+        self.engine.optimizer.parameter_offload.get_param_coordinator().reset_step()
+        self._gather(self._ends)
+        yield
+        self._release_ends()
+
+    @contextmanager
+    def loaded(self, model: nn.Module) -> Iterator[None]:
+        self.model, self.engine = model, self._initialize(model)
+        self._take_over(model)
+        yield
+        self._destroy()
+
+    def _set(self, parameter: nn.Parameter, value: Tensor, field: str | None = None) -> None:
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        count, rank = self.accelerator.num_processes, self.accelerator.process_index
+        flat = value.flatten().to(torch.float32)
+        padded = nn.functional.pad(flat, (0, size * count - flat.numel()))
+        self.engine.optimizer.set_local_hp_param(padded.narrow(0, rank * size, size), parameter, field)
+
+    def _partitions(self) -> Iterator[tuple[nn.Parameter, dict[str, nn.Parameter]]]:
+        zero = self.engine.optimizer
+        names = {id(p): name for p, name in zip((p for g in self._groups for p in g), self.names, strict=True)}
+        for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+            yield flat, {names[id(parameter)]: parameter for parameter in parameters}
+
+    def _link_state(self) -> None:
+        """ZeRO-3 looks its state up where the optimizer keeps it."""
+
+    def finish(self) -> None:
+        del self._kept, self._ends
+        super().finish()
+
+    def _destroy(self) -> None:
+        from deepspeed.runtime.zero import parameter_offload
+
+        super()._destroy()
+        parameter_offload.FWD_MODULE_STACK.clear()  # else it would keep the model
+
+
+def require_dense(model: nn.Module) -> None:
+    """Refuse bases with experts: which of them run, and gather their weights, would differ between processes.
+
+    Raises:
+        InputError: the base has experts.
+    """
+    if any("expert" in part for path, _ in base_modules(model) for part in path.split(".")):
+        raise InputError("a base with experts is not supported under ZeRO-3 yet", field="launcher.config", fix=OTHER)
