@@ -47,7 +47,7 @@ def attach(
         InputError: if the config does not fit the model; the model is then left as it was.
     """
     config = as_tuner_config(config)
-    config.validate()
+    config.check()
     attached = attached_to(model) or Attached(model)
     check_new(attached, config, name)
     attached.unmerge_to_switch()

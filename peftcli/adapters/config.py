@@ -223,6 +223,21 @@ class PeftConfig(metaclass=ConfigType):
             if item.name in self.absent and getattr(self, item.name) != default_of(item):
                 raise InputError(f"{type(self).__name__} has no such field", field=item.name)
 
+    def check(self) -> None:
+        """`validate`, and each field by itself: a config made in Python has not been checked yet.
+
+        Raises:
+            InputErrors: with every problem of single fields, if fields do not fit each other for no other reason.
+        """
+        problems = field_problems(type(self), {item.name: getattr(self, item.name) for item in fields(self)})
+        try:
+            self.validate()
+        except TypeError:
+            if not problems:
+                raise
+        if problems:
+            raise problems[0] if len(problems) == 1 else InputErrors(problems)
+
     def stored(self: Config) -> Config:
         """The config that belongs to the tensors `Adapter.stored` gives."""
         return self
@@ -372,7 +387,9 @@ def build_nested(cls: type[Nested], values: dict[str, Any], *, field: str) -> Ne
     return cls(**values)
 
 
-def field_problems(cls: type[PeftConfig], values: dict[str, Any], *, place: str | Path) -> list[InputError]:
+def field_problems(
+    cls: type[PeftConfig], values: dict[str, Any], *, place: str | Path | None = None
+) -> list[InputError]:
     """One problem for each value that does not fit its field's annotation (strictly: no `"8"` for 8, no True for 1)."""
     from pydantic import ValidationError
 
@@ -385,7 +402,7 @@ def field_problems(cls: type[PeftConfig], values: dict[str, Any], *, place: str 
     return problems
 
 
-def _field_problem(name: str, value: Any, error: Any, place: str | Path) -> InputError:
+def _field_problem(name: str, value: Any, error: Any, place: str | Path | None) -> InputError:
     """Pydantic's reasons, one a line at most, without its links and class names."""
     reasons: list[str] = []
     for item in error.errors(include_url=False, include_context=False, include_input=False)[:6]:

@@ -227,7 +227,7 @@ def attach_gate(
     Raises:
         InputError: if an expert can't be loaded or is no plain LoRA of tokens; the model is then left as it was.
     """
-    config.validate()
+    config.check()
     _check(model, config, name)
     try:
         for expert, path in config.adapters.items():

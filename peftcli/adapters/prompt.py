@@ -117,7 +117,7 @@ def attach_prompt(model: nn.Module, config: PromptLearningConfig, name: str, *, 
     Raises:
         InputError: if the config does not fit the model; the model is then left as it was.
     """
-    config.validate()
+    config.check()
     attached = attached_to(model) or Attached(model)
     check_new(attached, config, name)
     words = _word_embeddings(model, config)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from peftcli import (
     LoraGAConfig,
     PeftModel,
     get_peft_model,
+    get_peft_model_state_dict,
     initialize_lora_eva_weights,
     preprocess_corda,
     preprocess_loraga,
@@ -25,6 +28,7 @@ from peftcli.adapters.initializers.eva import IncrementalPCA
 from peftcli.adapters.initializers.loftq import loftq, normal_float_levels, quantize_dequantize
 from peftcli.adapters.initializers.olora import olora
 from peftcli.adapters.initializers.pissa import pissa
+from peftcli.errors import InputError
 
 FROM_BASE = ["pissa", "pissa_niter_16", "olora"]
 
@@ -256,3 +260,41 @@ def test_lora_ga_starts_in_the_gradient_and_changes_nothing(direction: str, scal
 def test_a_start_from_data_can_t_be_guessed(init: str) -> None:
     with pytest.raises(ValueError, match="comes from data"):
         get_peft_model(base(), config(init))
+
+
+def test_mica_trains_a_against_the_minor_directions_of_the_base(tmp_path: Path) -> None:
+    """B: the left singular vectors of the r smallest singular values, by their defining property; and it stays."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(12, 8))
+    weight = net[0].weight.detach().clone()
+    model = get_peft_model(copy.deepcopy(net), LoraConfig(target_modules=["0"], r=3, init_lora_weights="mica"))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        "base_model.model.0.lora_A.default.weight"
+    }
+    tensors = get_peft_model_state_dict(model)
+    b = tensors["base_model.model.0.lora_B.weight"]
+    vectors = torch.linalg.eigh(weight @ weight.T).eigenvectors  # of ascending eigenvalues
+    torch.testing.assert_close(b @ b.T, vectors[:, :3] @ vectors[:, :3].T, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(torch.eye(12)), net(torch.eye(12)))
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).normal_()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(net, tmp_path)(torch.eye(12)), model(torch.eye(12)))
+    with pytest.raises(InputError, match="mica"):
+        get_peft_model(
+            torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3)), LoraConfig(target_modules=["0"], init_lora_weights="mica")
+        )
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"init_lora_weights": "unknown"}, "init_lora_weights: 'unknown' is not accepted"),
+        ({"bias": "some"}, "bias: 'some' is not accepted"),
+        ({"r": "8"}, "r: '8' is not accepted"),
+        ({"lora_dropout": 2.0}, "lora_dropout: 2.0 is not accepted"),
+    ],
+)
+def test_a_config_made_in_python_is_checked_field_by_field(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"], **fields))

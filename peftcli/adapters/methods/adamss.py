@@ -10,15 +10,16 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from peftcli.adapters.base import LowRankAdapter, Tensors, TensorSpec
+from peftcli.adapters.base import Adapter, LowRankAdapter, Tensors, TensorSpec
 from peftcli.adapters.config import TunerConfig
 from peftcli.adapters.fit import ANY
 from peftcli.adapters.methods.lora import Rank
 from peftcli.adapters.methods.vera import Seed
+from peftcli.adapters.registry import Method
 from peftcli.errors import InputError
 from peftcli.lazy import torch
 
@@ -44,10 +45,13 @@ class AdamssConfig(TunerConfig):
         use_dynamic_rank: give a subspace only as many ranks as it has large singular values, `subspace_rank` at most.
         svd_threshold: what is large: the share of the largest, both squared.
         random_seed: of the random projection behind the singular vectors.
-        use_asa: adaptive subspace allocation: PEFT freezes the least important subspaces while training. Files that say it
-            are loaded; to train with it is refused.
-        asa_target_subspaces, init_warmup, final_warmup, mask_interval, asa_importance_beta, asa_uncertainty_beta,
-            asa_schedule_exponent: its schedule.
+        use_asa: adaptive subspace allocation: train ever fewer subspaces, the most important of all modules together (see
+            `subspace_allocator`).
+        asa_target_subspaces: how many are trained in the end.
+        init_warmup, final_warmup: steps at which choosing begins and ends.
+        mask_interval: steps from one choice to the next.
+        asa_importance_beta, asa_uncertainty_beta: how much of the smoothed values a step keeps.
+        asa_schedule_exponent: of the share of steps left, along which the number falls.
     """
 
     peft_type = "ADAMSS"
@@ -72,10 +76,20 @@ class AdamssConfig(TunerConfig):
 
     def validate(self) -> None:
         super().validate()
-        if self.use_asa and not self.inference_mode:
+        if not self.use_asa:
+            return
+        for name in ("asa_target_subspaces", "mask_interval"):
+            if getattr(self, name) < 1:
+                raise InputError("must be at least 1 with `use_asa`", field=name)
+        if self.init_warmup >= self.final_warmup:
             raise InputError(
-                "subspaces can't be allocated while training", field="use_asa", fix="train fewer: num_subspaces"
+                f"{self.final_warmup} is not after init_warmup, {self.init_warmup}: there is no step to choose at",
+                field="final_warmup",
             )
+
+    def adapter_variant(self) -> Method | None:
+        allocates = self.use_asa and not self.inference_mode
+        return Method("adamss", "AdamssConfig", "AllocatedAdamss") if allocates else None
 
 
 class Adamss(LowRankAdapter):
@@ -194,3 +208,29 @@ class Adamss(LowRankAdapter):
 
     def _bias_update(self, p: Tensors) -> Tensor:
         return self.factors(p)[1] @ p.adamss_newB[:, -1]
+
+
+class AllocatedAdamss(Adamss):
+    """With what the allocator keeps of each subspace."""
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        specs = super().tensors()
+        for key in [key for key, spec in specs.items() if spec.trainable]:
+            name, group = key.split(".")
+            for what in ("importance", "uncertainty"):
+                specs[f"{name}_{what}.{group}"] = TensorSpec(specs[key].shape, "zeros", trainable=False, saved=False)
+        specs["adamss_kept"] = TensorSpec((self.count,), trainable=False, saved=False, dtype="bool")
+        return specs
+
+    def regenerate(self, p: Tensors) -> None:
+        super().regenerate(p)
+        p.adamss_kept.fill_(True)
+        for key, tensor in p.items():
+            if key.split(".")[0].endswith(("_importance", "_uncertainty")):
+                tensor.zero_()
+
+    @classmethod
+    def after_step(cls, sites: list[tuple[Adapter, Tensors]], config: Any, step: int) -> None:
+        from peftcli.adapters.subspace_allocator import allocate
+
+        allocate([p for _, p in sites], config, step)

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from peftcli.adapters.base import LowRankAdapter, Tensors, TensorSpec, fill
-from peftcli.adapters.initializers import start_factors, takes_start_from_base
+from peftcli.adapters.initializers import require_rank, start_factors, takes_start_from_base
 from peftcli.adapters.methods.lora_config import Alpha, LoftQConfig, LoraConfig, Rank
 from peftcli.adapters.targets import pattern_value
 from peftcli.errors import InputError
@@ -42,19 +42,23 @@ class Lora(LowRankAdapter):
         return self.lora_alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
 
     def tensors(self) -> dict[str, TensorSpec]:
-        shape, r = self.shape, self.r
+        shape, r, learns_b = self.shape, self.r, self.config.init_lora_weights != "mica"
         out_features, in_features = shape.matrix
+        if not learns_b and shape.kind not in ("linear", "embedding"):
+            raise InputError(
+                "mica starts linear layers and embeddings only", place=shape.name, field="init_lora_weights"
+            )
         if shape.kind == "embedding":
             specs = {
                 "lora_embedding_A": TensorSpec((r, in_features), "zeros"),
-                "lora_embedding_B": TensorSpec((out_features, r), "normal"),
+                "lora_embedding_B": TensorSpec((out_features, r), "normal", trainable=learns_b),
             }
             return specs | self._start_specs()
         ones = (1,) * len(shape.kernel)
         a_shape = (r, shape.in_features // shape.groups, *shape.kernel) if shape.kind == "conv" else (r, in_features)
         specs = {
             "lora_A.weight": TensorSpec(a_shape, "kaiming"),
-            "lora_B.weight": TensorSpec((out_features, r, *ones), "zeros"),
+            "lora_B.weight": TensorSpec((out_features, r, *ones), "zeros", trainable=learns_b),
         }
         if self.config.lora_bias:
             specs["lora_B.bias"] = TensorSpec((out_features,), "zeros")
@@ -89,6 +93,9 @@ class Lora(LowRankAdapter):
             return self._quantize(a, b)
         if how is False:  # a random update, so that a test sees the adapter
             fill(a if embedding else b, "normal" if embedding else "kaiming")
+        elif how == "mica":
+            b.copy_(minor_vectors(self.weight(), self.r))
+            a.zero_()
         elif how == "gaussian" and not embedding:
             a.normal_(std=1 / self.r)
         elif how == "orthogonal" and not embedding:
@@ -177,6 +184,12 @@ class Lora(LowRankAdapter):
     def merged_bias(self, p: Tensors, bias: Tensor) -> Tensor:
         extra = p.get("lora_B.bias")
         return bias if extra is None else bias + extra * self.scaling
+
+
+def minor_vectors(weight: Tensor, r: int) -> Tensor:
+    """The left singular vectors [out, r] of a weight [out, in] that belong to its r smallest singular values."""
+    require_rank("mica", r, weight)
+    return torch.linalg.svd(weight.float(), full_matrices=False).U[:, -r:]
 
 
 def initialize_orthogonal(a: Tensor, b: Tensor) -> None:

@@ -31,7 +31,7 @@ Rank = Annotated[int, Ge(1), Le(1 << 20)]
 Alpha = Annotated[float, Gt(0)] | Annotated[int, Gt(0)]
 Init = (
     bool
-    | Literal["gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga"]
+    | Literal["gaussian", "orthogonal", "mica", "pissa", "olora", "loftq", "eva", "corda", "lora_ga"]
     | Annotated[str, Field(pattern=r"^pissa_niter_[0-9]{1,3}$")]
 )
 
@@ -73,6 +73,7 @@ class LoraConfig(TunerConfig):
         use_rslora: scale by alpha / sqrt(r).
         use_dora: split the weight into magnitude and direction (`dora.py`).
         init_lora_weights: True (A Kaiming uniform, B zero), False (both random: for tests), `gaussian`, `orthogonal`,
+            `mica` (B the base's minor singular vectors, and not trained: Minor Component Adaptation, arXiv 2604.01694),
             or a start taken from the base (`pissa`, `pissa_niter_<n>`, `olora`, `loftq`) or from data (`eva`, `corda`,
             `lora_ga`): see `initializers`.
         loftq_config, eva_config, corda_config, lora_ga_config: settings of those.

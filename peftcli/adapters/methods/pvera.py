@@ -7,6 +7,7 @@ Evaluated and merged, z is the mean.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class PveraConfig(TunerConfig):
-    """PVeRA's fields, as in PEFT; but samples follow the run's seed, not `generator_seed`.
+    """PVeRA's fields, as in PEFT.
 
     Attributes:
         r: rank.
@@ -37,11 +38,12 @@ class PveraConfig(TunerConfig):
         bias: which biases are trained: `none`, those of adapted modules (`pvera_only`), or `all`.
         init_weights: True (no change at first) or False (random: for tests).
         sample_at_inference: draw samples in evaluation, too.
+        generator_seed: kept for PEFT. Samples follow the run's seed, with a warning where one is given: with a generator
+            of their own, a layer that is recomputed in the backward pass would draw others than it did before.
     """
 
     peft_type = "PVERA"
     prefix = "pvera_lambda_"
-    inert_keys = frozenset({"generator_seed"})
 
     r: Rank = 256
     projection_prng_key: Seed = 0
@@ -52,6 +54,7 @@ class PveraConfig(TunerConfig):
     bias: Literal["none", "all", "pvera_only"] = "none"
     init_weights: bool = True
     sample_at_inference: bool = False
+    generator_seed: Seed | None = None
 
     def check_beside(self, others: list[PeftConfig]) -> None:
         check_projections("PVeRA", self, [other for other in others if isinstance(other, PveraConfig)])
@@ -109,6 +112,8 @@ class Pvera(LowRankAdapter):
     def activation(self, p: Tensors, x: Tensor, site: Site) -> Tensor | None:
         if not (self.training or self.config.sample_at_inference):
             return super().activation(p, x, site)
+        if self.config.generator_seed is not None:
+            warnings.warn("PVERA: samples follow the run's seed, not `generator_seed`", stacklevel=2)
         a, b = (factor.to(x.dtype) for factor in self._scaled(p))
         mean, log_variance = functional.linear(x, a).chunk(2, -1)
         return functional.linear(mean + (log_variance / 2).exp() * torch.randn_like(mean), b)

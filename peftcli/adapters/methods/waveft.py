@@ -9,17 +9,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from peftcli.adapters.base import DeltaAdapter, Tensors, TensorSpec
 from peftcli.adapters.config import TunerConfig
+from peftcli.adapters.fit import ANY
 from peftcli.adapters.methods.fourierft import Count
 from peftcli.adapters.methods.vera import Seed
+from peftcli.adapters.registry import Method
 from peftcli.adapters.targets import pattern_value
+from peftcli.adapters.wavelets import FAMILIES, low_pass
 from peftcli.errors import InputError
-from peftcli.lazy import functional, numpy, torch
+from peftcli.lazy import functional, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,17 +30,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class WaveFTConfig(TunerConfig):
-    """WaveFT's fields, as in PEFT, but for `proportional_parameters`. Of its wavelets, Daubechies' first ten.
+    """WaveFT's fields, as in PEFT.
 
     Attributes:
         n_frequency: how many coefficients are learnt.
         scaling: the factor s.
-        wavelet_family: `db1` (Haar's) to `db10`.
+        wavelet_family: Daubechies' `db1` (Haar's) to `db10`, symlets `sym2` to `sym10`, coiflets `coif1` to `coif3`.
         use_idwt: transform; False adds the sparse C itself.
         random_loc_seed: seed of the places.
         fan_in_fan_out: True for weights stored [in, out] (GPT-2's Conv1D); corrected from the module, with a warning.
         bias: which biases are trained: `none`, those of adapted modules (`waveft_only`), or `all`.
         n_frequency_pattern: n_frequency by module name or regular expression, where it differs.
+        proportional_parameters: share n_frequency times the number of modules out by the modules' sizes instead; no
+            pattern is looked at then.
         init_weights: True: no change at first. False: the coefficients start random.
     """
 
@@ -46,13 +51,17 @@ class WaveFTConfig(TunerConfig):
 
     n_frequency: Count = 2592
     scaling: float | int = 25.0
-    wavelet_family: Annotated[str, Field(pattern=r"^db([1-9]|10)$")] = "db1"
+    wavelet_family: Annotated[str, Field(pattern=FAMILIES)] = "db1"
     use_idwt: bool = True
     random_loc_seed: Seed = 777
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "waveft_only"] = "none"
     n_frequency_pattern: dict[str, Count] = field(default_factory=dict)
+    proportional_parameters: bool = False
     init_weights: bool = True
+
+    def adapter_variant(self) -> Method | None:
+        return Method("waveft", "WaveFTConfig", "ProportionalWaveFT") if self.proportional_parameters else None
 
 
 class WaveFT(DeltaAdapter):
@@ -98,7 +107,7 @@ class WaveFT(DeltaAdapter):
     @cached_property
     def low(self) -> list[float]:
         """The wavelet's low-pass filter."""
-        return daubechies(int(self.config.wavelet_family[2:]))
+        return low_pass(self.config.wavelet_family)
 
     def delta(self, p: Tensors) -> Tensor:
         out_features, in_features = self.shape.matrix
@@ -112,6 +121,21 @@ class WaveFT(DeltaAdapter):
         places = rows + (height - out_features) // 2, columns + (width - in_features) // 2
         padded = values.new_zeros(height, width).index_put(places, values)
         return inverse_transform(padded, low)[:out_features, :in_features]
+
+
+class ProportionalWaveFT(WaveFT):
+    """As many coefficients as a module's share of all adapted weights."""
+
+    knows_neighbours = True
+
+    @classmethod
+    def arrange(cls, adapters: list[Any]) -> None:
+        sizes = [math.prod(adapter.shape.matrix) for adapter in adapters]
+        for adapter, size in zip(adapters, sizes, strict=True):
+            adapter.n_frequency = max(1, round(size / sum(sizes) * (adapter.config.n_frequency * len(sizes))))
+
+    def file_tensors(self) -> dict[str, TensorSpec]:
+        return {"waveft_spectrum": TensorSpec((ANY,))}
 
 
 def inverse_transform(coefficients: Tensor, low: list[float]) -> Tensor:
@@ -128,17 +152,3 @@ def inverse_transform(coefficients: Tensor, low: list[float]) -> Tensor:
     margin = len(low) - 2
     whole = functional.conv_transpose2d(quarters.unsqueeze(0), filters, stride=2)[0, 0]
     return whole[margin : whole.shape[0] - margin, margin : whole.shape[1] - margin]
-
-
-def daubechies(moments: int) -> list[float]:
-    """The 2 N numbers of Daubechies' low-pass filter with N vanishing moments, which sum to sqrt(2).
-
-    They are the coefficients of (1 + z)^N times the product of (z - z_k), where the z_k within the unit circle solve
-    sum_k C(N - 1 + k, k) y^k = 0 with y = (2 - z - 1 / z) / 4 (Daubechies 1988, section 4).
-    """
-    series = [math.comb(moments - 1 + k, k) for k in reversed(range(moments))]
-    zeros = [-1.0] * moments
-    for y in numpy.roots(series):
-        zeros.append(min(numpy.roots([1, 4 * y - 2, 1]), key=abs))
-    filter_ = numpy.real(numpy.poly(zeros))
-    return [float(value) for value in filter_ / filter_.sum() * math.sqrt(2)]
