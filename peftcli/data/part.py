@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from peftcli.data.collate import IGNORED
 from peftcli.data.report import SourceReport
 from peftcli.data.tokens import TokenDataset
 from peftcli.errors import InputError
@@ -121,17 +122,24 @@ class Part:
     def repeat_by_weight(self, generator: np.random.Generator) -> None:
         """Let each sample come as often as its source's weight says; of a fractional one, a random part comes again.
 
+        Windows of one question come together, and a question that comes again is another one.
+
         Raises:
             InputError: the weights leave no sample.
         """
         if set(self.weights) == {1.0}:
             return
-        source_of = np.array(self.source_of)
+        questions = self.dataset.questions
+        source_of = np.array([self.source_of[question[0]] for question in questions])
         chosen = []
         for index, weight in enumerate(self.weights):
             own = np.flatnonzero(source_of == index)
             extra = generator.choice(own, round(weight % 1 * len(own)), replace=False)
             chosen += [own] * int(weight) + [np.sort(extra)]
-        self.dataset = self.dataset.select(np.concatenate(chosen))
+        again = [questions[number] for number in np.concatenate(chosen)]
+        self.dataset = self.dataset.select([index for question in again for index in question])
         if not len(self.dataset):
             raise InputError("the weights of the sources leave no sample", field=f"data.{self.name}")
+        if (windows := self.dataset.windows) is not None:
+            numbers = np.repeat(np.arange(len(again)), [len(question) for question in again])
+            windows[:, 0] = np.where(windows[:, 0] == IGNORED, IGNORED, numbers)

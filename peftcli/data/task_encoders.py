@@ -131,6 +131,9 @@ class SpanEncoder(TaskEncoder):
     Without an answer both are token 0, as in SQuAD 2.
     """
 
+    _texts_cut = 0
+    """So many so far: each has a number of its own in training and evaluation data together."""
+
     def encode(self, example: Question, place: str) -> list[TaskSample]:
         encoded = self._ids(example.question, example.context, return_offsets_mapping=True)
         of, offsets = encoded.sequence_ids(0), encoded["offset_mapping"]
@@ -159,6 +162,7 @@ class SpanEncoder(TaskEncoder):
         if room < 1:
             return []
         step = max(room // 2, 1)
+        self._texts_cut += split
         windows = []
         for start in range(0, max(context - room + step, 1), step) if split else [0]:
             inside = np.arange(start, min(start + room, context)) + sample.segment
@@ -169,7 +173,8 @@ class SpanEncoder(TaskEncoder):
             found = [(a - start, b - start) for a, b in answers if inside[0] <= a and b <= inside[-1]]
             if answers and not found and not split:
                 return []
-            windows.append(self._taken(sample, kept)._replace(targets=_flat(found)))
+            window = (self._texts_cut, start, sample.segment, *sample.targets) if split else ()
+            windows.append(self._taken(sample, kept)._replace(targets=_flat(found), window=window))
         return windows
 
 

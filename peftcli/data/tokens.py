@@ -28,6 +28,8 @@ class TaskSample(NamedTuple):
         targets: what the sample as a whole has to give: a class, or the first and last token of an answer and of further
             ones that are right, too.
         tags: [T] int32, the class of each supervised token.
+        window: where a text was cut into several samples: the number of the text, how many of its tokens were left out
+            before this part, the index at which this part begins, and the targets in the uncut sample.
     """
 
     ids: NDArray[np.int32]
@@ -36,6 +38,7 @@ class TaskSample(NamedTuple):
     segment: int = 0
     targets: tuple[int, ...] = ()
     tags: NDArray[np.int32] | None = None
+    window: tuple[int, ...] = ()
 
 
 def is_learnt(sample: Sample | TaskSample) -> bool:
@@ -52,8 +55,8 @@ class TokenDataset:
             at t = 0, which nothing predicts, so `supervised.sum()` is the exact number of labels.
         offsets: [samples + 1] int64, from 0 to the number of tokens.
         tasks: [samples] int64, the task each sample is of; None where there is only one.
-        second, segment: [samples] int64; targets: [samples, K] int64, filled up with `IGNORED`; tags: [tokens] int32; see
-            `TaskSample`. None where the task has none.
+        second, segment: [samples] int64; targets, windows: [samples, K] int64, filled up with `IGNORED`; tags: [tokens]
+            int32; see `TaskSample`. None where the task has none.
     """
 
     def __init__(
@@ -67,22 +70,24 @@ class TokenDataset:
         segment: NDArray[np.int64] | None = None,
         targets: NDArray[np.int64] | None = None,
         tags: NDArray[np.int32] | None = None,
+        windows: NDArray[np.int64] | None = None,
     ) -> None:
         if len(input_ids) != len(supervised) or offsets[0] != 0 or offsets[-1] != len(input_ids):
             raise ValueError("the columns of a TokenDataset do not fit together")
         for column, length in ((tasks, len(offsets) - 1), (second, len(offsets) - 1), (segment, len(offsets) - 1),
-                               (targets, len(offsets) - 1), (tags, len(input_ids))):  # fmt: skip
+                               (targets, len(offsets) - 1), (windows, len(offsets) - 1), (tags, len(input_ids))):  # fmt: skip
             if column is not None and len(column) != length:
                 raise ValueError(f"a column of {len(column)} entries, not {length}")
         self.input_ids, self.supervised, self.offsets, self.tasks = input_ids, supervised, offsets, tasks
         self.second, self.segment, self.targets, self.tags = second, segment, targets, tags
+        self.windows = windows
 
     @classmethod
     def from_samples(cls, samples: Iterable[Sample | TaskSample]) -> TokenDataset:
         """Lay samples end to end, one after another: an iterator is never held in memory whole."""
         input_ids, supervised, offsets = array("i"), bytearray(), array("q", [0])
         second, segment, tags = array("q"), array("q"), array("i")
-        targets, widths = array("q"), array("q")
+        targets, windows = _Ragged(), _Ragged()
         for sample in samples:
             ids, mask = sample[:2]
             input_ids.frombytes(np.asarray(ids, np.int32).tobytes())
@@ -91,8 +96,8 @@ class TokenDataset:
             if isinstance(sample, TaskSample):
                 second.append(sample.second)
                 segment.append(sample.segment)
-                targets.extend(sample.targets)
-                widths.append(len(sample.targets))
+                targets.append(sample.targets)
+                windows.append(sample.window)
                 if sample.tags is not None:
                     tags.frombytes(np.asarray(sample.tags, np.int32).tobytes())
         return cls(
@@ -101,7 +106,8 @@ class TokenDataset:
             np.frombuffer(offsets, np.int64),
             second=np.frombuffer(second, np.int64) if any(second) else None,
             segment=np.frombuffer(segment, np.int64) if any(segment) else None,
-            targets=_table(np.frombuffer(targets, np.int64), np.frombuffer(widths, np.int64)) if targets else None,
+            targets=targets.table(),
+            windows=windows.table(),
             tags=np.frombuffer(tags, np.int32) if tags else None,
         )
 
@@ -131,11 +137,21 @@ class TokenDataset:
         """[samples] what the loss is a mean over: the sample where it is judged as a whole, else its learnt tokens."""
         return self.label_counts if self.targets is None else np.ones(len(self), np.int64)
 
+    @property
+    def questions(self) -> list[list[int]]:
+        """The samples of each question: the windows of a text that was cut, else one."""
+        if self.windows is None:
+            return [[index] for index in range(len(self))]
+        found: dict[tuple[int, int], list[int]] = {}
+        for index, text in enumerate(self.windows[:, 0].tolist()):
+            found.setdefault((text, index if text == IGNORED else 0), []).append(index)
+        return list(found.values())
+
     def select(self, indices: Sequence[int] | NDArray[np.int64]) -> TokenDataset:
         """A copy with the samples at `indices`, in that order; an index may come more than once."""
         order = np.asarray(indices, np.int64)
         chosen = TokenDataset.from_samples(self[int(index)] for index in order)
-        for name in ("tasks", "second", "segment", "targets"):
+        for name in ("tasks", "second", "segment", "targets", "windows"):
             column = getattr(self, name)
             setattr(chosen, name, None if column is None else column[order])
         if self.tags is not None:
@@ -145,7 +161,7 @@ class TokenDataset:
 
     def columns(self) -> dict[str, NDArray[np.generic]]:
         """All that there is, by the constructor's names."""
-        names = ("input_ids", "supervised", "offsets", "tasks", "second", "segment", "targets", "tags")
+        names = ("input_ids", "supervised", "offsets", "tasks", "second", "segment", "targets", "tags", "windows")
         return {name: column for name in names if (column := getattr(self, name)) is not None}
 
     def save(self, path: Path) -> None:
@@ -163,8 +179,21 @@ class TokenDataset:
         return cls(**load_file(path))
 
 
-def _table(values: NDArray[np.int64], widths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows laid end to end as a table [rows, widest], filled up with `IGNORED`."""
-    table = np.full((len(widths), int(widths.max())), IGNORED, np.int64)
-    table[np.arange(table.shape[1]) < widths[:, None]] = values
-    return table
+class _Ragged:
+    """Rows of numbers, each as long as it is, laid end to end until there is a table of them."""
+
+    def __init__(self) -> None:
+        self._values, self._widths = array("q"), array("q")
+
+    def append(self, row: tuple[int, ...]) -> None:
+        self._values.extend(row)
+        self._widths.append(len(row))
+
+    def table(self) -> NDArray[np.int64] | None:
+        """[rows, widest], filled up with `IGNORED`; None if all rows are empty."""
+        if not self._values:
+            return None
+        widths = np.frombuffer(self._widths, np.int64)
+        table = np.full((len(widths), int(widths.max())), IGNORED, np.int64)
+        table[np.arange(table.shape[1]) < widths[:, None]] = np.frombuffer(self._values, np.int64)
+        return table

@@ -144,9 +144,9 @@ def _require_metrics(metrics: Mapping[str, Metric], judge: Judge | None) -> None
 
 def _judged_items(judge: Judge, judged: dict[str, list[str]], metrics: Mapping[str, Metric]) -> list[Item]:
     items = []
-    for index in range(len(judge.data)):
+    for number, (index, *_) in enumerate(judge.data.questions):
         question, expected = judge.question(index), judge.accepted(index)
-        texts = {column: answers[index] for column, answers in judged.items()}
+        texts = {column: answers[number] for column, answers in judged.items()}
         scores = {column: _judged(text, expected, metrics) for column, text in texts.items()}
         items.append(Item(index, question, question, expected, texts, scores, {column: {} for column in texts}))
     return items

@@ -64,7 +64,7 @@ class Item:
     """One question with what was expected and what everyone wrote.
 
     Args:
-        sample: its index in the data.
+        sample: its index in the data; of several windows the first one's.
         prompt: what the models were given, control tokens and all.
         question: the same without them, for people.
         expected: the answers that are right.

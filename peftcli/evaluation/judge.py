@@ -66,7 +66,7 @@ class Judge(ABC):
         """Judge a batch; `more` are further arguments of the model."""
 
     def question(self, index: int) -> str:
-        """What the model is given, for people."""
+        """What the model is given, for people; of windows `index` is the first one's, here and in `accepted`."""
         return self._text(self.data[index][0])
 
     def expected(self, index: int) -> str:
@@ -76,6 +76,10 @@ class Judge(ABC):
     def accepted(self, index: int) -> list[str]:
         """Every answer that counts as right; the best of them is what a prediction is compared with."""
         return [self.expected(index)]
+
+    def settled(self, samples: list[int], predictions: list[Any]) -> tuple[int, Any]:
+        """The sample and the prediction that answer a question, from what is predicted for each of its samples."""
+        return samples[0], predictions[0]
 
     def answer(self, index: int, prediction: Any, batch: list[int]) -> str:
         """A prediction in words; `batch` are the samples it was made among."""
@@ -107,11 +111,15 @@ def judge_rows(
         pad_token_id: fills rows up.
         adapters: names in the model, each of which judges every sample, all in one batch.
         progress: told how many samples are done.
+
+    Returns:
+        By adapter: scores by sample, answers by question.
     """
     data, setting = judge.data, judge.setting
     columns = len(adapters or [""])
     found = np.zeros((len(data), columns, 3))
-    answers = [[""] * len(data) for _ in range(columns)]
+    predicted: list[list[Any]] = [[None] * len(data) for _ in range(columns)]
+    neighbours: list[list[int]] = [[]] * len(data)
     done = 0
     for indices in evaluation_batches(data.lengths, max(1, setting.batch_size // columns)):
         batch = to_batch(data, [index for index in indices for _ in range(columns)], pad_token_id, model.device)
@@ -121,10 +129,14 @@ def judge_rows(
         found[indices] = numbers.double().cpu().numpy().reshape(len(indices), columns, 3)
         for row, prediction in enumerate(predictions):
             index = indices[row // columns]
-            answers[row % columns][index] = judge.answer(index, prediction, indices)
+            predicted[row % columns][index], neighbours[index] = prediction, indices
         done += len(indices)
         if progress is not None:
             progress(done, len(data))
+    questions, answers = data.questions, []
+    for own in predicted:
+        settled = [judge.settled(samples, [own[index] for index in samples]) for samples in questions]
+        answers.append([judge.answer(index, prediction, neighbours[index]) for index, prediction in settled])
     return [
         (TokenScores(numbers[:, 0], numbers[:, 1].astype(np.int64), numbers[:, 2].astype(np.int64)), texts)
         for numbers, texts in zip(found.transpose(1, 0, 2), answers, strict=True)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 
 from peftcli.data.collate import IGNORED
-from peftcli.evaluation.judge import TAG_SEPARATOR, Judge, Judgement
+from peftcli.evaluation.judge import TAG_SEPARATOR, Judge, Judgement, Setting
 from peftcli.lazy import numpy as np
 from peftcli.training.objectives.base import inputs_of
 from peftcli.training.objectives.pairs import PairLoss
 from peftcli.training.objectives.spans import best_span, span_logits
+
+if TYPE_CHECKING:
+    from peftcli.data.tokens import TokenDataset
 
 FRESH_HEAD = "a base that brings no head for this task has a fresh one, which knows nothing"
 
@@ -66,32 +69,70 @@ class TagJudge(Judge):
 
 
 class SpanJudge(Judge):
-    """QUESTION_ANS: the text of the likeliest span; none where it is the first token.
+    """QUESTION_ANS: the text of the likeliest span; none where token 0 is likelier to be both its ends.
 
     Answers are texts as the tokenizer writes their tokens. Of several that are right the best counts, as in SQuAD; the loss
-    is the first one's.
+    is the first one's. A context that was cut is one question, of whose windows the likeliest span of all is the answer;
+    there is none if token 0 is likelier than it in every window (the rule of transformers' `run_qa.py`). Each window has
+    a loss of its own.
     """
 
     note = FRESH_HEAD
     metrics = ("loss", "qa_em", "qa_f1", "exact_match", "contains", "f1", "rouge_l")
 
+    def __init__(self, data: TokenDataset, setting: Setting) -> None:
+        super().__init__(data, setting)
+        self._windows = {samples[0]: samples for samples in data.questions}
+        if len(self._windows) < len(data):
+            self.note += f"; {len(self._windows)} questions are asked in {len(data)} windows: answers are a question's, losses a window's"
+
     def rows(self, model: Any, batch: dict[str, Tensor], more: dict[str, Any]) -> Judgement:
         outputs, targets = model(**inputs_of(batch), **more), batch["targets"]
         start, end = span_logits(outputs, batch)
         loss = (_losses(start, targets[:, 0]) + _losses(end, targets[:, 1])) / 2
+        nothing = start[:, 0] + end[:, 0]
+        start[:, 0] = -torch.inf
         first, last = best_span(start, end)
-        right = ((first[:, None] == targets[:, ::2]) & (last[:, None] == targets[:, 1::2])).any(1)
-        return _numbers(loss, torch.ones_like(first), right), torch.stack([first, last], 1).tolist()
+        row = torch.arange(len(first), device=first.device)
+        score = start[row, first] + end[row, last]
+        some = nothing <= score
+        right = ((first * some)[:, None] == targets[:, ::2]) & ((last * some)[:, None] == targets[:, 1::2])
+        predicted = zip(first.tolist(), last.tolist(), score.tolist(), nothing.tolist(), strict=True)
+        return _numbers(loss, torch.ones_like(first), right.any(1)), list(predicted)
+
+    def settled(self, samples: list[int], predictions: list[Any]) -> tuple[int, Any]:
+        index, (first, last, score, _) = max(
+            zip(samples, predictions, strict=True), key=lambda predicted: predicted[1][2]
+        )
+        nothing = min(prediction[3] for prediction in predictions)
+        return index, (first, last) if nothing <= score else (0, 0)
+
+    def question(self, index: int) -> str:
+        return self._text(self._whole(index)[0])
 
     def accepted(self, index: int) -> list[str]:
-        assert self.data.targets is not None
-        targets = self.data.targets[index].tolist()
+        ids, targets = self._whole(index)
         spans = [span for span in zip(targets[::2], targets[1::2], strict=True) if span[0] != IGNORED]
-        return list(dict.fromkeys(self.answer(index, span, []) for span in spans))
+        return list(dict.fromkeys(self._said(ids, *span) for span in spans))
 
     def answer(self, index: int, prediction: Any, batch: list[int]) -> str:
-        first, last = prediction
-        return self._text(self.data[index][0][first : last + 1]) if first else ""
+        return self._said(self.data[index][0], *prediction)
+
+    def _said(self, ids: Any, first: int, last: int) -> str:
+        return self._text(ids[first : last + 1]) if first else ""
+
+    def _whole(self, index: int) -> tuple[Any, list[int]]:
+        """Ids and targets of a question before it was cut, put together from its windows."""
+        assert self.data.targets is not None
+        samples = self._windows[index]
+        if len(samples) == 1:
+            return self.data[index][0], self.data.targets[index].tolist()
+        assert self.data.windows is not None
+        ids = self.data[index][0]
+        for sample in samples[1:]:  # each holds the end of the one before it, but not the special tokens there
+            _, skipped, begin = self.data.windows[sample, :3].tolist()
+            ids = np.concatenate([ids[: skipped + begin], self.data[sample][0][begin:]])
+        return ids, self.data.windows[index, 3:].tolist()
 
 
 class TargetJudge(Judge):

@@ -92,16 +92,12 @@ class Subject:
                     "the adapter brings no evaluation data", place=self.adapter, fix="name a file: --data FILE"
                 )
             dataset = TokenDataset.load(prepared)
-            return dataset.select(range(min(len(dataset), max_samples or len(dataset)))), []
+            chosen = dataset.questions[:max_samples]
+            return dataset.select([index for question in chosen for index in question]), []
         section = self._section(path, format, max_samples)
         with tempfile.TemporaryDirectory(prefix="peft-eval-") as folder:
             found = prepare(section, tokenizer, folder=Path(folder), seed=0, task=self.task, labels=self.model.labels)
-        told = [*found.report.warnings, *self.overlap(found.train)]
-        if self.task == "QUESTION_ANS" and len(found.train) > sum(source.rows for source in found.report.train.sources):
-            told.append(
-                "long contexts are cut into windows: each is a question of its own, without an answer where it has none"
-            )
-        return found.train, told
+        return found.train, [*found.report.warnings, *self.overlap(found.train)]
 
     def has_held_out(self, data: TokenDataset) -> bool:
         """Whether every sample of `data` was held out by the run that trained the adapter."""

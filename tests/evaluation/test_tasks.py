@@ -71,16 +71,27 @@ def test_of_several_gold_answers_the_best_counts(tmp_path: Path, capsys: pytest.
         values = {row["metric"]: row["adapters"]["tuned"]["value"] for row in found["metrics"]}
         assert values["qa_em"] == pytest.approx(2 / 4) and values["qa_f1"] == pytest.approx((1 + 2 / 3 + 1 + 0) / 4)
 
-    long = {
-        **rows[0],
-        "context": "the dog runs " * 22 + rows[0]["context"],
-        "answers": {"text": [], "answer_start": []},
-    }
-    (tmp_path / "long.jsonl").write_text(json.dumps(long))
-    recipe.write_text(recipe.read_text().replace('"max_length": 64', '"max_length": 64, "overflow": "split"'))
-    assert main(["train", str(recipe), "--no-audit", "training.max_steps=1", "--output-dir", str(tmp_path / "2")]) == 0
-    assert main(["eval", str(tmp_path / "2"), "--data", str(tmp_path / "long.jsonl")]) == 0
-    assert "each is a question of its own" in capsys.readouterr().err
+
+def test_windows_of_a_long_context_are_one_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the run's own data and in a file; a gold answer that fits in no window is still what is expected."""
+    recipe = make_run("QUESTION_ANS", tmp_path, max_steps=2)
+    recipe.write_text(recipe.read_text().replace('"max_length": 64', '"max_length": 24, "overflow": "split"'))
+    context = "the dog runs " * 10 + "the cat is red"
+    golds = ["red", "the dog runs " * 8 + "the dog"]
+    answers = [{"text": text, "answer_start": context.index(text)} for text in golds]
+    row = {"question": "what is", "context": context, "answers": answers}
+    (tmp_path / "eval.jsonl").write_text(json.dumps(row) + "\n" + (tmp_path / "eval.jsonl").read_text())
+    assert main(["train", str(recipe), "--no-audit"]) == 0, capsys.readouterr().err
+    own = ["--max-samples", "2"]
+    for more in (own, [*own, "--data", str(tmp_path / "eval.jsonl")]):
+        output = tmp_path / "results.json"
+        assert main(["eval", str(recipe), *more, "--output", str(output)]) == 0
+        assert "2 questions are asked in 4 windows" in " ".join(capsys.readouterr().err.split())
+        found = json.loads(output.read_text())
+        assert {row["metric"]: row["n"] for row in found["metrics"]} == {"loss": 4, "qa_em": 2, "qa_f1": 2}
+        assert [item["expected"] for item in found["items"]] == [golds, ["red"]]
+        assert [item["sample"] for item in found["items"]] == [0, 3]
+        assert found["items"][0]["question"] == f"what is {context}"
 
 
 def test_a_full_fine_tuning_is_compared_with_its_base_and_with_adapters(

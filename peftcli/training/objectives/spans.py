@@ -37,7 +37,7 @@ class SpanLoss(Objective):
         return summed(loss, len(firsts), exact.sum(), (2 * shared / lengths).amax(1).sum())
 
     def metrics(self, sums: Sequence[float]) -> dict[str, float]:
-        """By positions; `peft eval` compares texts, as SQuAD does."""
+        """By positions, each window of a long context by itself; `peft eval` compares texts of questions, as SQuAD does."""
         _, count, exact, f1 = sums
         return {**super().metrics(sums), "eval_exact_match": exact / count, "eval_f1": f1 / count}
 
