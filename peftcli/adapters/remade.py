@@ -64,6 +64,8 @@ def remade(operation: Operation, *inputs: Tensor) -> Tensor:
 
 def origin(x: Tensor) -> Origin | None:
     """How a tensor was made, where `remade` made it and it still is what it was."""
+    if torch.compiler.is_compiling():  # tensors of a graph that is being made have no memory; the compiler decides
+        return None
     made: Origin | None = vars(x).get("origin")
     return made if made is not None and made.version == x._version else None
 
