@@ -2,7 +2,7 @@
 
 | launcher.type | file | read by |
 |---|---|---|
-| none, auto, accelerate | `accelerate/*.yaml` | `accelerate launch` |
+| auto, accelerate | `accelerate/*.yaml` | `accelerate launch` |
 | deepspeed | `deepspeed/*.json`, DeepSpeed's own format | the worker |
 | fsdp | `fsdp/*.yaml`, accelerate's format; only `fsdp_config` counts | the worker |
 
@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcli.errors import InputError
+from peftcli.errors import InputError, printable
 from peftcli.files import read_strict_json
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ CONFIGS = Path(str(files("peftcli"))) / "configs"
 RESOLVED = "launcher.json"
 """The strategy's file, completed; in the run folder's `data/`, which comes and goes with the recipe."""
 
+AUTO = "auto"
 SUFFIX = {"accelerate": ".yaml", "deepspeed": ".json", "fsdp": ".yaml"}
 DEFAULTS = {"deepspeed": "zero2", "fsdp": "fsdp"}
 
@@ -55,7 +56,7 @@ def find(kind: str, name: str) -> Path:
 
 
 def resolve(recipe: Recipe, processes: int) -> dict[str, Any]:
-    """The strategy's file with everything filled in; empty for launchers without one.
+    """The strategy's file with everything filled in; empty for launchers without one, whose file is only checked.
 
     Args:
         processes: of all machines.
@@ -65,6 +66,11 @@ def resolve(recipe: Recipe, processes: int) -> dict[str, Any]:
     """
     launcher = recipe.launcher
     if launcher.type not in DEFAULTS:
+        if launcher.config is not None and os.path.isabs(launcher.config):  # ours agree with every recipe
+            from peftcli.launchers import accelerate
+
+            path = Path(launcher.config)
+            accelerate.check(_read_yaml(path), recipe, processes, place=path)
         return {}
     path = find(launcher.type, launcher.config or DEFAULTS[launcher.type])
     if launcher.type == "deepspeed":
@@ -86,6 +92,25 @@ def read(folder: Path) -> dict[str, Any]:
     """What `write` kept; empty where there is nothing."""
     path = folder / RESOLVED
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def contradictions(values: Mapping[str, Any], decided: Mapping[str, Any], place: Path) -> Iterator[InputError]:
+    """What a file says and the recipe does not.
+
+    Args:
+        values: the file's; `auto` and what is missing agree with everything.
+        decided: by the file's names, what the recipe makes them.
+        place: the file.
+    """
+    for name, value in decided.items():
+        stated = values.get(name, AUTO)
+        if stated not in (AUTO, None, value):
+            yield InputError(
+                f"is {printable(stated)}, but the recipe makes it {value}",
+                place=place,
+                field=name,
+                fix="leave it out, or change the recipe",
+            )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli.errors import InputError, InputErrors, nearest, printable
+from peftcli.launchers import accelerate
+from peftcli.launchers.configs import AUTO, contradictions
 
 if TYPE_CHECKING:
     from peftcli.recipe.schema import Recipe
 
-AUTO = "auto"
 LAYERS = "fsdp_transformer_layer_cls_to_wrap"
 CHOICES: dict[str, tuple[Any, ...]] = {
     "fsdp_version": (2,),
@@ -39,15 +40,10 @@ def completed(values: dict[str, Any], recipe: Recipe, processes: int, *, place: 
     section = values.get("fsdp_config")
     if not isinstance(section, dict):
         raise InputError("has no section fsdp_config", place=place, field="launcher.config")
-    decided = {
-        "distributed_type": "FSDP",
-        "num_processes": processes,
-        "mixed_precision": "bf16" if recipe.training.bf16 else "no",
-    }
     checkpointing = {"fsdp_activation_checkpointing": recipe.training.gradient_checkpointing}
     problems = [
-        *_contradictions(values, decided, place),
-        *_contradictions(section, checkpointing, place),
+        *accelerate.problems(values, recipe, processes, place=place, kinds=("FSDP",), own="fsdp_config"),
+        *contradictions(section, checkpointing, place),
         *_impossible(section, place),
         *_not_shardable(recipe, processes),
     ]
@@ -55,14 +51,6 @@ def completed(values: dict[str, Any], recipe: Recipe, processes: int, *, place: 
         raise problems[0] if len(problems) == 1 else InputErrors(problems)
     filled = {name: section.get(name, choices[0]) for name, choices in CHOICES.items()}
     return {**filled, **checkpointing, LAYERS: _layers(section.get(LAYERS, AUTO), place)}
-
-
-def _contradictions(values: dict[str, Any], decided: dict[str, Any], place: Path) -> Iterator[InputError]:
-    for name, value in decided.items():
-        if values.get(name, AUTO) not in (AUTO, value):
-            yield InputError(
-                f"is {printable(values[name])}, but the recipe makes it {value}", place=place, field=name, fix=AUTO
-            )
 
 
 def _impossible(section: dict[str, Any], place: Path) -> Iterator[InputError]:

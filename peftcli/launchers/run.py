@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,12 @@ REASONS = {
     "Tried to launch distributed communication on port": "launcher.main_process_port is taken by another process",
 }
 """What the launcher's last words mean, where its ranks have said nothing."""
+
+KILLED = re.compile(r"^  rank +: (\d+) .*\n  exitcode +: -(\d+) ", re.MULTILINE)
+"""In torchrun's summary of a failure: a rank that a signal has ended."""
+
+STARTED_BY = "PEFTCLI_STARTED_BY"
+"""For the ranks: the number of the process that waits for them."""
 
 SHOWN_LINES = 12
 PASSED_ON = {
@@ -53,7 +60,7 @@ def run(command: Command, run_folder: Path, *, quiet: bool = False) -> None:
     with (run_folder / LOG).open("xb") as log:
         process = subprocess.Popen(
             command.argv,
-            env={**os.environ, **command.environment},
+            env={**os.environ, **command.environment, STARTED_BY: str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stdout=log if quiet else None,
             stderr=log,
@@ -107,8 +114,23 @@ def _children(pid: int) -> list[int]:
         return []
 
 
+def deserted() -> bool:
+    """Whether this is a rank, and the process that started the run is gone: killed, so that it could say nothing."""
+    starter = os.environ.get(STARTED_BY)
+    if starter is None:
+        return False
+    import psutil
+
+    try:  # the launcher, which is between the two, has another parent then
+        return psutil.Process(os.getppid()).ppid() != int(starter)
+    except psutil.NoSuchProcess:
+        return True
+
+
 def _failure(code: int, command: Command, run_folder: Path) -> RunError | InputError:
     reports = sorted(run_folder.glob("rank-*.log"), key=lambda path: path.stat().st_mtime)
+    if killed := _killed(run_folder / LOG):
+        return killed
     if reports:
         first = reports[0]
         kind, _, message = _last_lines(first, 1).partition(": ")
@@ -119,7 +141,10 @@ def _failure(code: int, command: Command, run_folder: Path) -> RunError | InputE
             error = RunError(f"another machine was asked to stop: {message}")
             error.exit_code = int(number)
             return error
-        return RunError(f"{first.stem.replace('-', ' ')} failed: {_last_lines(first, 1)}\n  all of it: {first}")
+        said = f"{first.stem.replace('-', ' ')} failed: {_last_lines(first, 1)}\n"
+        if kind != "RunError":  # nobody foresaw it: where it happened tells more
+            said += _last_lines(first, SHOWN_LINES).rpartition("\n")[0] + "\n"
+        return RunError(f"{said}  all of it: {first}")
     log = run_folder / LOG
     if code == EXIT_BAD_INPUT:  # argparse's code: the launcher did not understand an argument
         return InputError(f"the launcher refused its arguments:\n{_last_lines(log, 2)}", place="after `--`")
@@ -130,11 +155,28 @@ def _failure(code: int, command: Command, run_folder: Path) -> RunError | InputE
     return RunError(f"the launcher failed with exit code {code}:\n{_last_lines(log, SHOWN_LINES)}\n  all of it: {log}")
 
 
+def _killed(log: Path) -> RunError | None:
+    """What to say where a signal has ended a rank, whatever the others made of its silence."""
+    ended = [(int(rank), int(number)) for rank, number in KILLED.findall("\n".join(_lines(log)))]
+    # The launcher ends those that are left by SIGTERM.
+    first = next(((rank, number) for rank, number in ended if number not in (signal.SIGTERM, signal.SIGINT)), None)
+    if first is None:
+        return None
+    rank, number = first
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    why = ": was there too little memory? (`dmesg` says so)" if name == "SIGKILL" else ""
+    return RunError(f"rank {rank} was ended by {name}{why}\n  all of it: {log}")
+
+
 def _last_lines(path: Path, count: int) -> str:
+    return printable("\n".join(_lines(path)[-count:]), 4000)
+
+
+def _lines(path: Path) -> list[str]:
+    """The last lines of a file, of which it may have many; without blank ones."""
     with path.open("rb") as file:
         _skip_to_end(file, 64 << 10)
-        lines = [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
-    return printable("\n".join(lines[-count:]), 4000)
+        return [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
 
 
 def _skip_to_end(file: IO[bytes], size: int) -> None:

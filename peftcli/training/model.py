@@ -72,7 +72,7 @@ class OpenedBase:
                 attn_implementation=_attention(self.section),
                 trust_remote_code=self.section.trust_remote_code,
             )
-        _name(model, self.section.name_or_path)
+        name_base(model, self.section.name_or_path)
         if problems := list(_misfits(model, self.facts)):
             raise InputErrors(problems)
         return model
@@ -156,7 +156,7 @@ def load_base(
             **arguments,
         )
     _check_complete(loaded, report, model.task_type, base.facts)
-    _name(loaded, model.name_or_path)
+    name_base(loaded, model.name_or_path)
     prepare(loaded)
     return loaded.eval()
 
@@ -262,7 +262,7 @@ def _check_complete(model: PreTrainedModel, report: dict[str, Any], task_type: s
         )
 
 
-def _name(model: PreTrainedModel, name: str) -> None:
+def name_base(model: PreTrainedModel, name: str) -> None:
     """Let the model, and the adapters made for it, be known by the recipe's name, not by a folder in some cache."""
     model.name_or_path = model.config.name_or_path = name
 

@@ -8,6 +8,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from peftcli.errors import RunError
+from peftcli.launchers.run import deserted
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
@@ -22,11 +23,18 @@ class Interrupted(RunError):
 
 
 class StopSignals:
-    """While open, SIGTERM, SIGUSR1 and the first SIGINT are noted in `received`; a second SIGINT ends at once."""
+    """While open, SIGTERM, SIGUSR1 and the first SIGINT are noted in `received`; a second SIGINT ends at once.
+
+    A rank whose run's own process was killed goes on as if it had received SIGTERM: nobody else would ever stop it.
+    """
 
     def __init__(self) -> None:
-        self.received = 0
+        self._received = 0
         self._before: dict[int, Any] = {}
+
+    @property
+    def received(self) -> int:
+        return self._received or (int(signal.SIGTERM) if deserted() else 0)
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # only it may set handlers
@@ -40,6 +48,6 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        if number == signal.SIGINT and self._received == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = self.received or number
+        self._received = self._received or number

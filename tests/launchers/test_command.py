@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from peftcli.errors import InputError
 from peftcli.launchers.command import command, in_process, processes
-from peftcli.launchers.configs import CONFIGS, find
-from peftcli.recipe.schema import LauncherSection
+from peftcli.launchers.configs import CONFIGS, find, resolve
+from peftcli.recipe.schema import LauncherSection, Recipe
 
 HEAD = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
 TAIL = ["--module", "peftcli.training.worker", "run folder", "--resume", "auto"]
@@ -74,3 +75,45 @@ def test_the_top_level_folder_is_the_packaged_one() -> None:
     top = Path(__file__).parents[2] / "configs"
     assert top.resolve() == CONFIGS.resolve()
     assert all(isinstance(yaml.safe_load(path.read_text()), dict) for path in top.rglob("*.yaml"))
+
+
+def recipe_with(launcher: dict[str, Any], **training: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": {"name_or_path": "base"},
+            "adapter": {"method": "lora"},
+            "data": {"train": "train.jsonl"},
+            "training": {"output_dir": "out", **training},
+            "launcher": launcher,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_processes: 4", "num_processes: is 4, but the recipe makes it 2"),
+        ("num_machines: 2", "num_machines: is 2, but the recipe makes it 1"),
+        ("machine_rank: 1", "machine_rank: is 1, but the recipe makes it 0"),
+        ("mixed_precision: bf16", "mixed_precision: is bf16, but the recipe makes it no"),
+        ("main_process_port: 1234", "main_process_port: is 1234, but the recipe makes it 29511"),
+        ("distributed_type: MULTI_CPU", "distributed_type: is MULTI_CPU"),
+        ("distributed_type: 'NO'", "distributed_type: is NO"),
+        ("fsdp_config: {fsdp_version: 2}", "fsdp_config: is not for launcher.type accelerate: launcher.type fsdp"),
+        ("deepspeed_config: {zero_stage: 3}", "deepspeed_config: is not for launcher.type accelerate"),
+        ("dynamo_config: {dynamo_backend: INDUCTOR}", "dynamo_config: is not for"),
+    ],
+)
+def test_a_file_of_ones_own_that_contradicts_the_recipe(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(f"compute_environment: LOCAL_MACHINE\n{text}\n")
+    launcher = {"type": "accelerate", "num_processes": 2, "main_process_port": 29511}
+    with pytest.raises(InputError) as error:
+        resolve(recipe_with({**launcher, "config": str(tmp_path / "own.yaml")}), 2)
+    assert message in str(error.value) and str(tmp_path / "own.yaml") in str(error.value)
+
+
+def test_a_file_of_ones_own_that_agrees(tmp_path: Path) -> None:
+    text = (CONFIGS / "accelerate/ddp.yaml").read_text().replace('mixed_precision: "no"', "mixed_precision: bf16")
+    (tmp_path / "own.yaml").write_text(text + "num_processes: 2\nfsdp_config: {}\n")
+    launcher = {"type": "accelerate", "num_processes": 2, "config": str(tmp_path / "own.yaml")}
+    assert resolve(recipe_with(launcher, bf16=True), 2) == {}

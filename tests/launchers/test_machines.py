@@ -180,6 +180,7 @@ def test_a_script_for_slurm(base: Path, tmp_path: Path, capsys: Any) -> None:
 # -- real runs --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_machines_with_one_folder_are_two_processes(base: Path, tmp_path: Path, alone: Path) -> None:
     folder = user(tmp_path / "user", base)
     first, second = finish(start([folder, folder]))
@@ -189,19 +190,19 @@ def test_two_machines_with_one_folder_are_two_processes(base: Path, tmp_path: Pa
     assert {path.name for path in (folder / "run/machine-1").iterdir()} == {"data", "recipe.yaml", "launcher.log"}
 
 
-@pytest.mark.parametrize("kind", ["accelerate", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_machines_that_share_no_files_resume(kind: str, base: Path, tmp_path: Path, alone: Path) -> None:
-    """Only machine 0 has the checkpoints and what was finished; the other gets what it must read."""
+@pytest.mark.parametrize(
+    "kind", ["accelerate", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fsdp", "deepspeed"))]
+)
+def test_machines_that_share_no_files_continue_a_run(kind: str, base: Path, tmp_path: Path, alone: Path) -> None:
+    """Only machine 0 has the checkpoint, which one machine has written; the other gets what it must read."""
     folders = [user(tmp_path / name, base) for name in ("first", "second")]
-    launcher = f"launcher.type={kind}"
-    finish(start(folders, launcher))
-    shutil.rmtree(folders[0] / "run/checkpoint-4")
-    (folders[0] / "run/result.json").unlink()
-    first, _ = finish(start(folders, launcher, "training.resume_from_checkpoint=auto"))
+    shutil.copytree(alone, folders[0] / "run", ignore=shutil.ignore_patterns("checkpoint-4", "result.json"))
+    first, second = finish(start(folders, f"launcher.type={kind}", "training.resume_from_checkpoint=auto"))
     assert f"continuingfrom{folders[0] / 'run/checkpoint-2'}" in "".join(first.split()), "wrapped on the screen"
+    assert "machine 1 is done; machine 0 has written the results" in second and "step 3/4" not in second
     assert_same(folders[0] / "run", alone)
     assert sorted(path.name for path in (folders[1] / "run").iterdir()) == ["machine-1"]
-    assert not (folders[1] / "run/machine-1/received").exists()
+    assert {path.name for path in (folders[1] / "run/machine-1").iterdir()} == {"data", "recipe.yaml", "launcher.log"}
 
 
 def test_machines_that_prepared_different_data_are_refused(base: Path, tmp_path: Path) -> None:

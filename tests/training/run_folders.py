@@ -36,13 +36,14 @@ def prepare_run(
     *,
     quantization: dict[str, Any] | None = None,
     launcher: dict[str, Any] | None = None,
+    dtype: str = "auto",
     **training: Any,
 ) -> Path:
     """Everything the worker reads."""
     quick = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
     recipe = Recipe.model_validate(
         {
-            "model": {"name_or_path": str(base)},
+            "model": {"name_or_path": str(base), "dtype": dtype},
             "adapter": adapter or LORA,
             "quantization": quantization,
             "data": {"train": "/data/train.jsonl"},

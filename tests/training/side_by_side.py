@@ -53,9 +53,14 @@ def save_bases(folder: Path) -> dict[str, Path]:
 def run_in_two(folder: Path, runs: list[tuple[str, str | None]]) -> None:
     """The worker of each (run folder, checkpoint to resume), one after another in the same two processes."""
     (folder / "runs.json").write_text(json.dumps(runs))
+    in_two_processes("worker_ranks.py", folder)
+
+
+def in_two_processes(script: str, folder: Path) -> None:
+    """A script of this folder, started by torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name("worker_ranks.py")), str(folder)],
+        [*command, str(Path(__file__).with_name(script)), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

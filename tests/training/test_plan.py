@@ -22,12 +22,21 @@ from training.run_folders import LORA, save_base
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 FOUR_BITS = ["quantization={load_in_4bit: true}", "model.dtype=bfloat16"]
 CHECKPOINTED = ["training.gradient_checkpointing=true"]
+HALVES = "training.per_device_train_batch_size=4"
+SHARDED = "launcher={type: fsdp, num_processes: 2}"
 RUNS = {
     "lora": [],
     "lora-checkpointed": CHECKPOINTED,
     "qlora": FOUR_BITS,
     "qlora-checkpointed": [*FOUR_BITS, *CHECKPOINTED],
-    "ddp": ["launcher={type: accelerate, num_processes: 2}", "training.per_device_train_batch_size=4"],
+    "ddp": ["launcher={type: accelerate, num_processes: 2}", HALVES],
+    "fsdp": [SHARDED, HALVES],
+    "fsdp-offload": ["launcher={type: fsdp, num_processes: 2, config: fsdp-offload}", HALVES],
+    "fsdp-bfloat16": [SHARDED, HALVES, "model.dtype=bfloat16"],
+    "fsdp-qlora": [
+        *(SHARDED, HALVES, "model.dtype=bfloat16"),
+        "quantization={load_in_4bit: true, bnb_4bit_compute_dtype: bfloat16, bnb_4bit_quant_storage: bfloat16}",
+    ],
 }
 
 

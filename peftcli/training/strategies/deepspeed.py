@@ -151,6 +151,8 @@ class DeepSpeed(Strategy):
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        # DeepSpeed links when its first group has stepped, and finds none of the others' state.
+        self._link_state()
         tensors: dict[str, Tensor] = {}
         for flat, parameters in self._partitions():
             fields = self.optimizer.state.get(flat, {})

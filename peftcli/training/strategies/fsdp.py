@@ -31,7 +31,7 @@ from peftcli.adapters.engine import attached_to, base_modules, user_model
 from peftcli.errors import InputError, RunError
 from peftcli.recipe.training_section import TrainingSection
 from peftcli.training import state
-from peftcli.training.model import load_base
+from peftcli.training.shared_base import load_mapped, return_freed_blocks
 from peftcli.training.strategies.plain import MakeOptimizer, Strategy
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ class FullyShardedDataParallel(Strategy):
         if not dist.is_initialized():
             raise RunError("the launcher set up no process group: there is nothing to shard over")
         self.name = "FSDP2"
+        self.scratch = project_dir.parent if project_dir else Path()
+        return_freed_blocks()
         self.device = self.accelerator.device
         self.mesh = init_device_mesh(self.device.type, (self.accelerator.num_processes,))
         self._last = True
@@ -60,8 +62,8 @@ class FullyShardedDataParallel(Strategy):
     # -- the model ----------------------------------------------------------------------------------------------------
 
     def load_base(self, model: ModelSection, quantization: QuantizationSection | None) -> PreTrainedModel:
-        # In main memory, whole: initialisers read weights before they are sharded, and layers go to the device one by one.
-        return load_base(model, quantization, device="cpu")
+        # In main memory: initialisers read weights before they are sharded, and layers go to the device one by one.
+        return load_mapped(model, quantization, self.scratch)
 
     def prepare(
         self, model: nn.Module, loss: nn.Module, make_optimizer: MakeOptimizer, *, keep_gradients: bool = False
@@ -73,8 +75,7 @@ class FullyShardedDataParallel(Strategy):
 
     def _shard(self, root: nn.Module) -> None:
         """Shard the base in `root` (the model, or what wraps it) unit by unit; the rest is the same in every process."""
-        managed = base_parameters(self.model)
-        whole = {p for p in root.parameters() if p not in managed}
+        whole = self._not_sharded(root)
         self._share([*(p for p in root.parameters() if p in whole), *root.buffers()])
         layers = find_layers(self.model, self.config["fsdp_transformer_layer_cls_to_wrap"])
         for layer in reversed(layers):  # inner ones first
@@ -104,6 +105,11 @@ class FullyShardedDataParallel(Strategy):
             offload_policy=CPUOffloadPolicy(pin_memory=self.device.type != "cpu") if on_cpu else OffloadPolicy(),
             ignored_params=whole,
         )
+
+    def _not_sharded(self, root: nn.Module) -> set[nn.Parameter]:
+        """What every process has whole. (A function, so that nobody holds the base's weights while they are sharded.)"""
+        managed = base_parameters(self.model)
+        return {p for p in root.parameters() if p not in managed}
 
     def _share(self, tensors: Iterable[Tensor]) -> None:
         """Give every process the first one's values of what stays whole."""
@@ -216,16 +222,10 @@ class FullyShardedDataParallel(Strategy):
     def _whole(self, tensor: Tensor) -> Tensor:
         """A sharded tensor gathered on the device (its shards may lie on the CPU)."""
         sharded = cast(DTensor, tensor.detach())
-        shape, stride = sharded.shape, sharded.stride()
-        there = DTensor.from_local(
-            sharded.to_local().to(self.device),
-            self.mesh,
-            sharded.placements,
-            run_check=False,
-            shape=shape,
-            stride=stride,
-        )
-        return there.full_tensor()
+        how: dict[str, Any] = {"run_check": False, "shape": sharded.shape, "stride": sharded.stride()}
+        return DTensor.from_local(
+            sharded.to_local().to(self.device), self.mesh, sharded.placements, **how
+        ).full_tensor()
 
     def _write(self, parameter: Tensor, values: Tensor) -> None:
         """Put the first process's whole `values` into a sharded parameter."""
