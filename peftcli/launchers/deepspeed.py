@@ -55,8 +55,16 @@ STAGE_3_OPTIONS = {
     "stage3_max_live_parameters",
     "stage3_max_reuse_distance",
     "memory_efficient_linear",
+    "offload_optimizer",
+    "offload_param",
 }
 """What a file may say of stage 3: what changes when data move, never what is computed."""
+
+OFFLOAD_STAGES = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
+"""What can be kept in main memory, and under which stages."""
+
+OTHER_OFFLOADS = ("cpu_offload", "cpu_offload_params", "cpu_offload_use_pin_memory", "zenflow")
+"""Older names of it, and an asynchronous kind that computes something else."""
 
 INSTALL = "pip install 'peftcli[deepspeed]'"
 
@@ -84,8 +92,9 @@ def completed(values: dict[str, Any], recipe: Recipe, processes: int, *, place: 
         raise InputErrors(problems)
     if filled["zero_optimization"]["stage"] == 3:
         filled["zero_optimization"] = {**filled["zero_optimization"], "memory_efficient_linear": False}
-    # Base and adapter stay in the types the recipe gives them, and the optimizer is torch's own.
-    return {**filled, "zero_allow_untested_optimizer": True, "steps_per_print": 1 << 40}
+    # Base and adapter stay in the types the recipe gives them, and the optimizer is torch's own, offloaded too.
+    own = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    return {**filled, **own, "steps_per_print": 1 << 40}
 
 
 def check_installed() -> None:
@@ -101,6 +110,12 @@ def check_installed() -> None:
 def stage(config: dict[str, Any]) -> int:
     """The ZeRO stage of a file."""
     return int(config["zero_optimization"]["stage"])
+
+
+def offloaded(config: dict[str, Any]) -> set[str]:
+    """Which of `OFFLOAD_STAGES` a file puts into main memory."""
+    zero = config["zero_optimization"]
+    return {name for name in OFFLOAD_STAGES if (zero.get(name) or {}).get("device", "none") == "cpu"}
 
 
 def _decided(recipe: Recipe, processes: int) -> dict[str, tuple[float, str]]:
@@ -141,7 +156,15 @@ def _refused(values: dict[str, Any], recipe: Recipe, place: Path) -> Iterator[In
             field="training.optim",
             allowed=", ".join(OPTIMIZERS),
         )
+    if values.get("zero_force_ds_cpu_optimizer"):
+        yield InputError(
+            "would ask for DeepSpeed's Adam, which has to be compiled; here the optimizer is torch's",
+            place=place,
+            field="zero_force_ds_cpu_optimizer",
+            allowed="false",
+        )
     yield from _not_yet(zero if isinstance(zero, dict) else {}, recipe)
+    yield from _offloads_refused(zero if isinstance(zero, dict) else {}, place)
 
 
 def _not_yet(zero: dict[str, Any], recipe: Recipe) -> Iterator[InputError]:
@@ -150,8 +173,34 @@ def _not_yet(zero: dict[str, Any], recipe: Recipe) -> Iterator[InputError]:
         yield InputError("is not supported under DeepSpeed yet", field="quantization", fix=OTHER)
     if zero.get("stage") == 3:
         yield from _not_yet_in_stage_3(zero, recipe)
-    if any(isinstance(zero.get(name), dict) for name in ("offload_param", "offload_optimizer")):
-        yield InputError("offloading is not supported yet", field="zero_optimization", fix="take it out of the file")
+
+
+def _offloads_refused(zero: dict[str, Any], place: Path) -> Iterator[InputError]:
+    """What a file says of offloading that is not DeepSpeed's plain CPU offload."""
+    for name, stages in OFFLOAD_STAGES.items():
+        field, section = f"zero_optimization.{name}", zero.get(name)
+        if section is None:
+            continue
+        if not isinstance(section, dict):
+            shown = printable(repr(section))
+            yield InputError(f"is {shown}", place=place, field=field, allowed="a mapping with device and pin_memory")
+            continue
+        for key in sorted(section.keys() - {"device", "pin_memory"}):
+            yield InputError(
+                "is not supported", place=place, field=f"{field}.{key}", allowed="device and pin_memory beside it"
+            )
+        for key, values in {"device": ("none", "cpu"), "pin_memory": (False, True)}.items():
+            value = section.get(key, values[0])
+            if type(value) is not type(values[0]) or value not in values:
+                allowed = ", ".join(str(allowed).lower() for allowed in values)
+                yield InputError(f"is {printable(repr(value))}", place=place, field=f"{field}.{key}", allowed=allowed)
+        if zero.get("stage") not in stages:
+            yield InputError("needs a sharded base", place=place, field=field, fix="set stage to 3, or take it out")
+    if zero.get("stage") != 3:  # whose options are a list of their own
+        for name in OTHER_OFFLOADS:
+            if zero.get(name):
+                fix = "use offload_optimizer: {device: cpu}"
+                yield InputError("is not supported", place=place, field=f"zero_optimization.{name}", fix=fix)
 
 
 def _not_yet_in_stage_3(zero: dict[str, Any], recipe: Recipe) -> Iterator[InputError]:

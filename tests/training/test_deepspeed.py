@@ -55,17 +55,23 @@ def zero(config: str) -> Launcher:
     return {"type": "deepspeed", "num_processes": 2, "config": config}
 
 
-LAUNCHERS = {name: zero(name) for name in ("zero1", "zero2", "zero3")} | {"ddp": DDP, "fsdp": FSDP}
+ZERO = {name: zero(name) for name in ("zero1", "zero2", "zero3", "zero3-offload")}
+ZERO |= {"zero2-offload": zero(str(Path(__file__).with_name("zero2-offload.json")))}
+LAUNCHERS = ZERO | {"ddp": DDP, "fsdp": FSDP}
 FAST = {
     "lora": Row({**LORA, "target_modules": "all-linear"}, training={"gradient_accumulation_steps": 2}),
     "adalora": Row(ADALORA),
+    "full": Row({"method": "full"}, base="tied"),
 }
+"""Fast. Full has two groups of parameters."""
 ZERO3 = {
     "modules_to_save": Row({**LORA, "modules_to_save": ["lm_head"]}, training={"gradient_checkpointing": True}),
-    "full": Row({"method": "full"}, base="tied"),
     "long": Row(LORA, base="long"),
 }
-"""Fast, under ZeRO-3 only. The long samples' losses take several pieces, of each process another number."""
+"""Fast. The long samples' losses take several pieces, of each process another number."""
+UNDER = {"lora": tuple(ZERO), "adalora": ("zero1", "zero2", "zero3", "zero2-offload"), "full": ("zero2", "zero3")}
+UNDER |= dict.fromkeys(ZERO3, ("zero3",))
+"""Where the fast ones run; elsewhere they are slow."""
 SLOW = {
     "dora": Row({**LORA, "use_dora": True}),
     "pissa": Row({**LORA, "init_lora_weights": "pissa"}),
@@ -101,6 +107,9 @@ CONTINUED = [
     ("zero3", "zero3"),
     ("zero3", "ddp"),
     ("fsdp", "zero3"),
+    ("zero2-offload", "zero2-offload"),
+    ("zero3-offload", "zero3-offload"),
+    ("zero3", "zero3-offload"),
 ]
 
 
@@ -133,13 +142,10 @@ def fast(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path]) -> Pa
     """Everything CI runs, in one pair of processes."""
     folder = tmp_path_factory.mktemp("fast")
     runs: list[tuple[str, str | None]] = []
-    for name, row in FAST.items():
-        for launcher in ("zero1", "zero2", "zero3"):
+    for name, row in {**FAST, **ZERO3}.items():
+        for launcher in UNDER[name]:
             prepare(row, folder / f"{name}-{launcher}", bases, LAUNCHERS[launcher])
             runs.append((f"{name}-{launcher}", None))
-    for name, row in ZERO3.items():
-        prepare(row, folder / f"{name}-zero3", bases, LAUNCHERS["zero3"])
-        runs.append((f"{name}-zero3", None))
     for launcher in ("zero3", "ddp"):
         BFLOAT16.prepare(folder / f"bfloat16-{launcher}", bases["bfloat16"], LAUNCHERS[launcher])
         runs.append((f"bfloat16-{launcher}", None))
@@ -161,8 +167,22 @@ def fast(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path]) -> Pa
 def test_equals_one_process(name: str, fast: Path, bases: dict[str, Path], tmp_path: Path) -> None:
     prepare({**FAST, **ZERO3}[name], tmp_path / "one", bases)
     worker.run(tmp_path / "one")
-    for launcher in ("zero1", "zero2", "zero3") if name in FAST else ("zero3",):
+    for launcher in UNDER[name]:
         assert_equal(tmp_path / "one", fast / f"{name}-{launcher}")
+
+
+@pytest.mark.slow
+def test_every_row_under_every_stage_equals_one_process(tmp_path: Path, bases: dict[str, Path]) -> None:
+    rows = {**FAST, **ZERO3, "checkpointed": SLOW["checkpointed"]}
+    others = [(name, launcher) for name in rows for launcher in ZERO if launcher not in UNDER.get(name, ())]
+    for name, launcher in others:
+        prepare(rows[name], tmp_path / f"{name}-{launcher}", bases, LAUNCHERS[launcher])
+    run_in_two(tmp_path, [(f"{name}-{launcher}", None) for name, launcher in others])
+    for name in rows:
+        prepare(rows[name], tmp_path / name, bases)
+        worker.run(tmp_path / name)
+    for name, launcher in others:
+        assert_equal(tmp_path / name, tmp_path / f"{name}-{launcher}")
 
 
 def test_long_samples_take_processes_different_numbers_of_pieces() -> None:
@@ -179,7 +199,11 @@ def test_a_sharded_base_in_16_bits_differs_from_ddp_by_rounding(fast: Path) -> N
 
 
 def test_what_runs_is_read_back(fast: Path) -> None:
-    assert "2 processes share the base (DeepSpeed ZeRO-3)" in (fast / "lora-zero3/screen.txt").read_text()
+    screens = {name: " ".join((fast / f"lora-{name}/screen.txt").read_text().split()) for name in ZERO}
+    assert "2 processes share the base (DeepSpeed ZeRO-3)" in screens["zero3"]
+    assert "(DeepSpeed ZeRO-2); the optimizer in main memory" in screens["zero2-offload"]
+    assert "values are here; the optimizer and the shards in main memory" in screens["zero3-offload"]
+    assert {name for name, screen in screens.items() if "in main memory" not in screen} == {"zero1", "zero2", "zero3"}
 
 
 @pytest.mark.slow
@@ -208,7 +232,7 @@ def test_train_saves_the_whole_adapter_under_zero3(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run/result.json").read_text())["difference"] == 0
 
 
-@pytest.mark.parametrize("launcher", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("launcher", ZERO)
 def test_resumed_to_the_bit(launcher: str, fast: Path) -> None:
     assert_same_end(fast / f"{launcher}-to-{launcher}", fast / launcher)
 

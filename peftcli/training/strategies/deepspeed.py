@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn  # noqa: TID253
 
 from peftcli.errors import InputError, RunError
-from peftcli.launchers.deepspeed import stage
+from peftcli.launchers.deepspeed import offloaded, stage
 from peftcli.training import state
 from peftcli.training.strategies.plain import MakeOptimizer, Strategy
 
@@ -36,7 +36,7 @@ class DeepSpeed(Strategy):
     ) -> None:
         super().__init__(settings, config, project_dir=project_dir)
         self.stage = stage(dict(self.config))
-        self.name = f"ZeRO-{self.stage}"
+        self.name = f"ZeRO-{self.stage}{' with offloading' if offloaded(dict(self.config)) else ''}"
         on_cpu = self.accelerator.device.type == "cpu"
         if on_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says that it found nothing better
@@ -58,7 +58,25 @@ class DeepSpeed(Strategy):
         if count > 1 and held >= whole:
             raise RunError(f"{self.name} shards nothing: each process optimizes all {whole:,} numbers")
         parts = {1: "optimizer state", 2: "optimizer state and gradients"}
-        return f"{count} processes, {parts[self.stage]} sharded (DeepSpeed {self.name})"
+        return f"{count} processes, {parts[self.stage]} sharded (DeepSpeed ZeRO-{self.stage}){self._main_memory()}"
+
+    def _main_memory(self) -> str:
+        """What is offloaded, for the end of a sentence.
+
+        Raises:
+            RunError: it is not what the recipe asks for.
+        """
+        asked, found = offloaded(dict(self.config)), self._offloaded()
+        if asked != found:
+            sides = (", ".join(sorted(names)) or "nothing" for names in (asked, found))
+            raise RunError("the recipe asks for {} in main memory, but DeepSpeed holds {} there".format(*sides))
+        words = {"offload_optimizer": "the optimizer", "offload_param": "the shards"}
+        return f"; {' and '.join(words[name] for name in sorted(found))} in main memory" if found else ""
+
+    def _offloaded(self) -> set[str]:
+        """What DeepSpeed keeps in main memory, by its option's name."""
+        zero = self.engine.optimizer
+        return {"offload_optimizer"} if zero.cpu_offload and all_on_cpu(self._flat()) else set()
 
     def _check_stage(self) -> None:
         count, found = self.accelerator.num_processes, self.engine.zero_optimization_stage()
@@ -194,7 +212,7 @@ class DeepSpeed(Strategy):
                         self._set(parameters[name], value, field)
 
     def _link_state(self) -> None:
-        """Let DeepSpeed find the optimizer's state that was put there."""
+        """Let DeepSpeed find the optimizer's state that is there."""
         zero = self.engine.optimizer
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
@@ -207,6 +225,10 @@ class DeepSpeed(Strategy):
     def _destroy(self) -> None:
         self.engine.destroy()
         del self.engine
+
+
+def all_on_cpu(tensors: Iterable[Tensor]) -> bool:
+    return all(tensor.device.type == "cpu" for tensor in tensors)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from peftcli.adapters.engine import base_modules, user_model
 from peftcli.errors import InputError, RunError
 from peftcli.launchers.deepspeed import OTHER
 from peftcli.training.model import load_base
-from peftcli.training.strategies.deepspeed import DeepSpeed, quietly
+from peftcli.training.strategies.deepspeed import DeepSpeed, all_on_cpu, quietly
 from peftcli.training.strategies.fsdp import base_parameters
 from peftcli.training.strategies.plain import MakeOptimizer
 
@@ -111,7 +111,20 @@ class ZeRO3(DeepSpeed):
             whole, own = whole + zero.ds_numel, own + zero.ds_tensor.numel()
             if parameter.numel() or zero.ds_tensor.numel() != -(-zero.ds_numel // count):
                 raise RunError(f"{name} is not sharded over {count} processes, as ZeRO-3 asks for")
-        return f"{count} processes share the base (DeepSpeed ZeRO-3): {own:,} of its {whole:,} values are here"
+        shared = f"{count} processes share the base (DeepSpeed ZeRO-3): {own:,} of its {whole:,} values are here"
+        return shared + self._main_memory()
+
+    def _offloaded(self) -> set[str]:
+        zero = self.engine.optimizer
+        shards = (p.ds_tensor for p in self.model.parameters())  # type: ignore[attr-defined]  # DeepSpeed's
+        found = {
+            "offload_optimizer": zero.offload_optimizer and all_on_cpu(self._flat()),
+            "offload_param": zero.offload_param and all_on_cpu(shards),
+        }
+        return {name for name, there in found.items() if there}
+
+    def _flat(self) -> list[nn.Parameter]:
+        return self.engine.optimizer.fp32_partitioned_groups_flat
 
     def gradient_norm(self) -> Tensor:
         from deepspeed.runtime.utils import combine_grad_norm_groups
@@ -159,7 +172,7 @@ class ZeRO3(DeepSpeed):
     def _partitions(self) -> Iterator[tuple[nn.Parameter, dict[str, nn.Parameter]]]:
         zero = self.engine.optimizer
         names = {id(p): name for p, name in zip((p for g in self._groups for p in g), self.names, strict=True)}
-        for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+        for flat, parameters in zip(self._flat(), zero.fp16_groups, strict=True):
             yield flat, {names[id(parameter)]: parameter for parameter in parameters}
 
     def _link_state(self) -> None:
