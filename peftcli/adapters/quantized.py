@@ -90,7 +90,8 @@ class Linear8bitSite(QuantizedSite):
         return (self.stored.data.float() * scales.float()[:, None] / 127).to(self.dtype)
 
 
-QUANTIZED_SITES: dict[str, type[QuantizedSite]] = {"Linear4bit": Linear4bitSite, "Linear8bitLt": Linear8bitSite}
+INT8 = "Linear8bitLt"
+QUANTIZED_SITES: dict[str, type[QuantizedSite]] = {"Linear4bit": Linear4bitSite, INT8: Linear8bitSite}
 """By class name, so that bitsandbytes need not be imported to find that a model has no such layer."""
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn  # noqa: TID253
 from torch.nn.functional import scaled_dot_product_attention  # noqa: TID253
 
 from peftcli.adapters.engine import attached_to, user_model
+from peftcli.adapters.quantized import INT8
 from peftcli.training.blocked_attention import BlockedAttention, is_quicker
 
 NAME = "peftcli_segments"
@@ -146,7 +147,7 @@ class Unpadded:
         kinds = set(getattr(_text(self.config), "layer_types", None) or ())
         if self._implementation() not in ("sdpa", "eager", FLASH) or kinds - ATTENTION:
             return False
-        return not _needs_rows(self.model)
+        return not _needs_rows(self.model) and not _rounds_by_batch(self.model)
 
     @torch.no_grad()
     def prove(self, batch: Batch, hidden_states: Callable[[dict[str, Any]], Tensor]) -> bool:
@@ -218,6 +219,14 @@ def _windows(config: Any) -> Iterator[int]:
         value = getattr(text, name, None)
         if isinstance(value, int) and getattr(text, f"use_{name}", True):
             yield value
+
+
+def _rounds_by_batch(model: nn.Module) -> bool:
+    """Whether what a token gives depends on the others of its batch, so that a proof would hold for some batches only.
+
+    LLM.int8 keeps those columns in 16 bits in which any token is large.
+    """
+    return any(type(module).__name__ == INT8 for module in model.modules())
 
 
 def _needs_rows(model: nn.Module) -> bool:

@@ -38,7 +38,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 FILES = (
     "manifest.json", "trainer.json", "trainable.safetensors", "optimizer.safetensors", "adapter_config.json",
-    "adapter_model.safetensors", "base_fingerprint.json",
+    "adapter_model.safetensors", "base_fingerprint.json", "README.md",
 )  # fmt: skip
 
 
