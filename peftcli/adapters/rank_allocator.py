@@ -58,16 +58,24 @@ def budget(config: AdaLoraConfig, first: int, modules: int, step: int) -> int:
 def measure(p: Tensors, config: AdaLoraConfig) -> None:
     """Bring importance and uncertainty up to date with this step's gradients."""
     for name in TRIPLET:
-        weight = p[name]
-        if weight.grad is None:
-            raise InputError(
-                f"{name} has no gradient: AdaLoRA allocates after optimizer.step() and before zero_grad(), and can't "
-                "where gradients are sharded (ZeRO, FSDP)"
-            )
-        now = (weight * weight.grad).abs()
+        now = sensitivity(p[name], name, "AdaLoRA")
         importance, uncertainty = p[f"{name}_importance"], p[f"{name}_uncertainty"]
         importance.mul_(config.beta1).add_(now, alpha=1 - config.beta1)
         uncertainty.mul_(config.beta2).add_((now - importance).abs_(), alpha=1 - config.beta2)
+
+
+def sensitivity(weight: Tensor, name: str, method: str) -> Tensor:
+    """|weight * gradient|, by which a method that allocates judges each value.
+
+    Raises:
+        InputError: there is no gradient.
+    """
+    if weight.grad is None:
+        raise InputError(
+            f"{name} has no gradient: {method} allocates after optimizer.step() and before zero_grad(), and can't "
+            "where gradients are sharded (ZeRO, FSDP)"
+        )
+    return (weight * weight.grad).abs()
 
 
 def scores(p: Tensors) -> Tensor:

@@ -15,7 +15,7 @@ import torch  # noqa: TID253
 from torch import Tensor  # noqa: TID253
 
 from peftcli.adapters.base import Tensors
-from peftcli.errors import InputError
+from peftcli.adapters.rank_allocator import sensitivity
 
 if TYPE_CHECKING:
     from peftcli.adapters.methods.adamss import AdamssConfig
@@ -59,13 +59,7 @@ def budget(config: AdamssConfig, total: int, step: int) -> int:
 def measure(p: Tensors, group: int, config: AdamssConfig) -> None:
     """Bring a subspace's uncertainty, and then its importance, up to date with this step's gradients."""
     for name in PAIR:
-        weight = p[f"{name}.{group}"]
-        if weight.grad is None:
-            raise InputError(
-                f"{name}.{group} has no gradient: AdaMSS allocates after optimizer.step() and before zero_grad(), and can't "
-                "where gradients are sharded (ZeRO, FSDP)"
-            )
-        now = (weight * weight.grad).abs()
+        now = sensitivity(p[f"{name}.{group}"], f"{name}.{group}", "AdaMSS")
         importance, uncertainty = p[f"{name}_importance.{group}"], p[f"{name}_uncertainty.{group}"]
         uncertainty.lerp_((now - importance).abs_(), 1 - config.asa_uncertainty_beta)
         importance.lerp_(now, 1 - config.asa_importance_beta)
