@@ -28,8 +28,8 @@ def main(folder: Path) -> None:
         if screen.getvalue():
             (folder / name / "screen.txt").write_text(screen.getvalue())
         torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    worker.leave(0)
