@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from peftcli.adapters.targets import is_all_linear
+from peftcli.allowed import allowed, meant
 from peftcli.errors import InputError, InputErrors, nearest, printable
 from peftcli.files import read_strict_json
 
@@ -381,7 +382,7 @@ def build_nested(cls: type[Nested], values: dict[str, Any], *, field: str) -> Ne
     ]
     known_values = {name: value for name, value in values.items() if name in known}
     for problem in field_problems(cast(Any, cls), known_values, place=""):
-        problems.append(InputError(problem.problem, field=f"{field}.{problem.field}"))
+        problems.append(problem.at(field=f"{field}.{problem.field}"))
     if problems:
         raise problems[0] if len(problems) == 1 else InputErrors(problems)
     return cls(**values)
@@ -403,15 +404,16 @@ def field_problems(
 
 
 def _field_problem(name: str, value: Any, error: Any, place: str | Path | None) -> InputError:
-    """Pydantic's reasons, one a line at most, without its links and class names."""
-    reasons: list[str] = []
-    for item in error.errors(include_url=False, include_context=False, include_input=False)[:6]:
-        keys = value if isinstance(value, dict) else ()  # pydantic also names the member of a union it tried
-        where = ".".join(str(part) for part in item["loc"] if isinstance(part, int) or part in keys)
-        reason = item["msg"] + (f" (at {where})" if len(where) > 0 and where != name else "")
-        if reason not in reasons:
-            reasons.append(reason)
-    return InputError(f"{printable(repr(value), 80)} is not accepted: {'; or '.join(reasons)}", place=place, field=name)
+    """The value, where inside it the fault is, and what it should have been."""
+    reasons = error.errors(include_url=False, include_input=False)[:6]
+    keys = value if isinstance(value, dict) else ()  # pydantic also names the member of a union it tried
+    inside = [".".join(str(part) for part in item["loc"] if isinstance(part, int) or part in keys) for item in reasons]
+    where = next((text for text in inside if text), "")
+    if where:  # a value of the right type says more about what is meant than the types it doesn't have
+        reasons = [item for item, text in zip(reasons, inside, strict=True) if text == where]
+    shown = printable(repr(value), 80)
+    problem = "is empty" if value is None else f"{shown} is not accepted" + (f" (at {where})" if where else "")
+    return InputError(problem, place=place, field=name, allowed=allowed(reasons), fix=meant(value, reasons))
 
 
 @cache

@@ -141,7 +141,12 @@ def detect(columns: Collection[str], place: str, task: str = "CAUSAL_LM") -> str
             return name
     wanted = sorted({column for format in own.values() for column in format.required})
     close = next(
-        (f"`{column}`: did you mean `{near}`? " for column in columns if (near := nearest(column, wanted).name)), ""
+        (
+            f"`{column}`: did you mean `{near}`? "
+            for column in columns
+            if column not in wanted and (near := nearest(column, wanted).name)
+        ),
+        "",
     )
     mapped = ", ".join(f"{name}: NAME" for name in max((format.required for format in own.values()), key=len))
     raise InputError(
@@ -184,7 +189,10 @@ def _message(raw: dict[str, Any], column: str) -> tuple[dict[str, Any], bool]:
         raise InputError("`train` must be true or false, `weight` 0 or 1", field=column)
     role = message.get("role")
     if role not in ROLES:
-        raise InputError(f"is unknown: {printable(role)!r}", field=f"{column}.role", allowed=" ".join(ROLES))
+        problem = "is missing" if role is None else f"is unknown: {printable(role)!r}"
+        ours = SHAREGPT_ROLES.get(str(role).lower())
+        fix = f"write `{ours}`" if ours else None
+        raise InputError(problem, field=f"{column}.role", allowed=" ".join(ROLES), fix=fix)
     calls = message.get("tool_calls")
     if calls:
         message["tool_calls"] = [_call(call, f"{column}.tool_calls") for call in objects(calls, f"{column}.tool_calls")]
@@ -233,7 +241,8 @@ def _sharegpt(values: dict[str, Any], templated: bool) -> Example:
     for index, raw in enumerate(objects(values["conversations"], "conversations")):
         column = f"conversations[{index}]"
         if "from" not in raw or "value" not in raw:
-            raise InputError(f"has no `from` and `value`, but {_shown(raw)}", field=column)
+            fix = "columns: {messages: conversations}, in the data source" if {"role", "content"} <= set(raw) else None
+            raise InputError(f"has no `from` and `value`, but {_shown(raw)}", field=column, fix=fix)
         role = SHAREGPT_ROLES.get(raw["from"]) if isinstance(raw["from"], str) else None
         if role is None:
             shown, allowed = printable(raw["from"]), " ".join(SHAREGPT_ROLES)
@@ -267,13 +276,17 @@ def _alpaca(values: dict[str, Any], templated: bool) -> Example:
 
 
 def _prompt_completion(values: dict[str, Any], templated: bool) -> Example:
-    """Two strings, or two lists of messages, of which those of the completion are learnt."""
-    prompt, completion = values["prompt"], values["completion"]
+    return _answered(values, "completion", templated)
+
+
+def _answered(values: dict[str, Any], column: str, templated: bool) -> Example:
+    """A prompt and the answer in `column`: two strings, or two lists of messages, of which the answer's are learnt."""
+    prompt, completion = values["prompt"], values[column]
     if isinstance(prompt, list) and isinstance(completion, list):
-        turns = _turns(prompt + completion, "prompt + completion")
+        turns = _turns(prompt + completion, f"prompt + {column}")
         answers = [(message, trainable and index >= len(prompt)) for index, (message, trainable) in enumerate(turns)]
         return _conversation(answers, values)
-    prompt, completion = text(prompt, "prompt"), text(completion, "completion")
+    prompt, completion = text(prompt, "prompt"), text(completion, column)
     return _pair(prompt, completion, values) if templated else Completion(prompt, completion)
 
 
@@ -288,9 +301,8 @@ def _running_text(values: dict[str, Any], templated: bool) -> Example:
 
 def _preference(values: dict[str, Any], templated: bool) -> Preference:
     """A prompt with two answers, as strings or as messages; or two whole conversations without a prompt."""
-    answers = [{**values, "completion": values[name]} for name in ("chosen", "rejected")]
     if "prompt" in values:
-        chosen, rejected = (_prompt_completion(answer, templated) for answer in answers)
+        chosen, rejected = (_answered(values, name, templated) for name in ("chosen", "rejected"))
     else:
         chosen, rejected = (_conversation(_turns(values[name], name), values) for name in ("chosen", "rejected"))
         if _asked(chosen) != _asked(rejected):

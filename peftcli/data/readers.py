@@ -121,12 +121,26 @@ def _read_json_lines(path: Path, file: BinaryIO) -> Iterator[Row]:
             continue
         place = f"{path}:{number}"
         try:
-            value = parse_json(line)
+            value = parse_json(line.rstrip())
         except ValueError as error:
-            cut = "the file may be cut off: its last line has no end" if not line.endswith(b"\n") else None
             problem = str(error).replace("line 1 column", "column")  # the line is in `place`
-            raise InputError(problem, place=place, fix=cut) from error
+            raise InputError(problem, place=place, fix=_advice(number, line)) from error
         yield Row(place, _mapping(value, place))
+
+
+def _advice(number: int, line: bytes) -> str:
+    """What may have gone wrong with a line that is no JSON."""
+    if line.startswith(b"\x1f\x8b"):
+        return "the file is gzipped: give its name the suffix .gz"
+    if number == 1 and line.strip() in (b"{", b"[", b"[{"):
+        return "JSON Lines has one object a line; a JSON array is read from a .json file"
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return "save the file as UTF-8"
+    if not line.endswith(b"\n") and line.rstrip()[-1:] != b"}":
+        return "the file may be cut off: its last line has no end"
+    return "JSON Lines has one object a line, and \\n and \\t inside strings"
 
 
 def _read_json(path: Path, file: BinaryIO) -> Iterator[Row]:
@@ -161,7 +175,8 @@ def _read_csv(path: Path, file: BinaryIO, delimiter: str = ",") -> Iterator[Row]
             try:
                 yield line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise InputError(f"not UTF-8 (byte {error.start})", place=f"{path}:{number}") from error
+                problem, fix = f"not UTF-8 (byte {error.start})", "save the file as UTF-8"
+                raise InputError(problem, place=f"{path}:{number}", fix=fix) from error
 
     csv.field_size_limit(MAX_LINE)
     table = csv.reader(decoded(), delimiter=delimiter, strict=True)
@@ -180,14 +195,21 @@ def _read_csv(path: Path, file: BinaryIO, delimiter: str = ",") -> Iterator[Row]
         if not cells:
             continue
         if not names:
-            names = _header(cells, place)
+            names = _header(cells, place, delimiter)
         elif len(cells) != len(names):
             raise InputError(f"has {len(cells)} cells, but the header names {len(names)} columns", place=place)
         else:
             yield Row(place, dict(zip(names, cells, strict=True)))
 
 
-def _header(names: list[str], place: str) -> list[str]:
+def _header(names: list[str], place: str, delimiter: str) -> list[str]:
+    other = next((mark for mark in ",;\t|" if mark != delimiter and mark in names[0]), None)
+    if len(names) == 1 and other:
+        raise InputError(
+            f"the header has one column, {printable(names[0])!r}, which holds {other!r}",
+            place=place,
+            fix=".csv files are separated by commas, .tsv files by tabs",
+        )
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise InputError(f"column {printable(min(twice))!r} is named twice", place=place)

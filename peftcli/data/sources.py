@@ -64,6 +64,13 @@ def _local_files(source: DataSource, splits: tuple[str, ...]) -> list[Path] | No
     path = Path(source.path)
     if path.is_dir():
         return _files(path, source.split, splits)
+    if is_data_file(path) and (source.split or source.name):
+        name = "split" if source.split else "name"
+        raise InputError(
+            f"is one file, which has no {name} to choose",
+            place=path,
+            fix=f"leave `{name}` out; it is for folders and for data sets on the hub",
+        )
     return [path] if path.is_absolute() or path.exists() or is_data_file(path) else None
 
 

@@ -95,7 +95,9 @@ def _span(context: str, said: str, start: Any) -> tuple[int, int]:
     """Characters [start, end) of an answer, which must stand there."""
     if type(start) is not int:
         raise InputError(f"must be a whole number, but is {printable(repr(start), 40)}", field="answers.answer_start")
-    if start < 0 or not said or context[start : start + len(said)] != said:
+    if not said:
+        raise InputError("is empty", field="answers.text", fix="a question without an answer has empty lists")
+    if start < 0 or context[start : start + len(said)] != said:
         found = printable(context[max(start, 0) : max(start, 0) + len(said)], 80)
         raise InputError(
             f"the context holds {found!r} at character {start}, not the answer {printable(said, 80)!r}",
@@ -114,6 +116,8 @@ def label(value: Any, column: str) -> Label:
         return str(value).lower()
     if type(value) is int:
         return value
+    if isinstance(value, float):
+        raise InputError(f"must be a word or a whole number, but is {value}", field=column)
     name = text(value, column)
     if not name.strip():
         raise InputError("is an empty label", field=column)

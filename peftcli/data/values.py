@@ -6,11 +6,17 @@ from typing import Any
 
 from peftcli.errors import InputError, printable
 
+_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+
+
+def kind(value: Any) -> str:
+    """What a value is, in JSON's words."""
+    return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
+
 
 def text(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        kind = "null" if value is None else type(value).__name__
-        raise InputError(f"must be a string, but is {kind}", field=column)
+        raise InputError(f"must be a string, but is {kind(value)}", field=column)
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -20,7 +26,8 @@ def text(value: Any, column: str) -> str:
 
 def objects(value: Any, column: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise InputError(f"must be a list of objects, but is {printable(repr(value), 80)}", field=column)
+        shown = printable(repr(value), 80) if value is not None else "null"
+        raise InputError(f"must be a list of objects, but is {shown}", field=column)
     if not value:
         raise InputError("is an empty list", field=column)
     return value

@@ -48,11 +48,15 @@ def find(kind: str, name: str) -> Path:
     """
     if os.path.isabs(name):
         return Path(name)
-    file = CONFIGS / kind / f"{name}{SUFFIX[kind]}"
-    if not file.is_file():
-        known = sorted(item.stem for item in (CONFIGS / kind).glob(f"*{SUFFIX[kind]}"))
-        raise InputError("there is no such launcher file", field="launcher.config", allowed=", ".join(known))
-    return file
+    files = {kind: {file.stem: file for file in (CONFIGS / kind).glob(f"*{SUFFIX[kind]}")} for kind in SUFFIX}
+    if name in files[kind]:
+        return files[kind][name]
+    others = [other for other in files if name in files[other]]
+    raise InputError(
+        f"there is no launcher file {printable(repr(name))} for {kind}",
+        field="launcher.config",
+        fix=f"set launcher.type: {others[0]}" if others else f"one of {', '.join(sorted(files[kind]))}, or a path",
+    )
 
 
 def resolve(recipe: Recipe, processes: int) -> dict[str, Any]:

@@ -136,7 +136,8 @@ def _unknown(name: str, known: list[str], cls: type[PeftConfig] | None) -> Input
     if name in ELSEWHERE:
         return InputError("is not set here", field=name, fix=ELSEWHERE[name])
     owner = f"{cls.peft_type.lower()} has no such field" if cls else "`full` trains every weight and has no fields"
-    return InputError(owner, field=name, fix=str(nearest(name, known)) or None)
+    listed = f"fields of {cls.peft_type.lower()}: {', '.join(known)}" if cls else "leave it out"
+    return InputError(owner, field=name, fix=str(nearest(name, known)) or listed)
 
 
 NAME: Final = "adapter_field_name"
@@ -148,7 +149,9 @@ def _refused(kind: Literal["adapter_field_name", "adapter_field_value"], problem
     """The problems as pydantic's own error, so that they join those of the other sections."""
     details = [
         InitErrorDetails(
-            type=PydanticCustomError(kind, "{problem}", _in_parts(item)),
+            type=PydanticCustomError(
+                kind, "{problem}", {"problem": item.problem, "allowed": item.allowed, "fix": item.fix}
+            ),
             loc=_steps(item.field, kind),
             input=None,
         )
@@ -162,12 +165,3 @@ def _steps(field: str | None, kind: str) -> tuple[str, ...]:
     if not field:
         return ()
     return tuple(field.split(".")) if kind == VALUE else (field,)
-
-
-def _in_parts(item: InputError) -> dict[str, str | None]:
-    """Problem, what is allowed, and advice. A config says what is allowed behind the problem, in pydantic's words."""
-    problem, refused, reasons = item.problem.partition(" is not accepted: ")
-    if not refused:
-        return {"problem": item.problem, "allowed": item.allowed, "fix": item.fix}
-    allowed = reasons.replace("Input should be ", "").replace("; or ", ", or ")
-    return {"problem": f"{problem} is not accepted", "allowed": item.allowed or allowed, "fix": item.fix}

@@ -22,10 +22,8 @@ def hint(location: Location) -> str | None:
         return None
     siblings = _children(tuple(above))
     close = nearest(name, siblings) if len(name) >= MIN_SPELLING else None
-    if name in _foreign():
-        tool, here = _foreign()[name]
-        owner = f"{tool}'" if tool.endswith("s") else f"{tool}'s"
-        return f"`{name}` is {owner}; here " + (here if " " in here else f"`{here}`")
+    if foreign := foreign_hint(location):
+        return foreign
     if close and close.name:
         return str(close)
     if dotted(above) == "data" and name in DataSource.model_fields:
@@ -34,6 +32,16 @@ def hint(location: Location) -> str | None:
     if homes:
         return f"`{printable(name)}` belongs in `{homes[0]}`"
     return f"known here: {', '.join(siblings)}" if siblings else None
+
+
+def foreign_hint(location: Location) -> str | None:
+    """Where a recipe says what another tool's field says, or None."""
+    name = location[-1]
+    if name not in _foreign():
+        return None
+    tool, here = _foreign()[str(name)]
+    owner = f"{tool}'" if tool.endswith("s") else f"{tool}'s"
+    return f"`{name}` is {owner}; here " + (here if " " in here else f"`{here}`")
 
 
 @cache

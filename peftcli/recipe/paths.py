@@ -30,15 +30,18 @@ def make_absolute(root: Node) -> None:
     """Replace every path in the tree by an absolute one. Names on the hub and of packages stay as they are.
 
     Raises:
-        InputError: if output_dir, read as an input path would be, is a file: it would not be what was meant.
+        InputError: a path that would not be what was meant: output_dir is a file if read as an input path would be,
+            or the shell's `~` and `$NAME`, or an address.
     """
     for location, node in walk(root):
         if not isinstance(node.value, str) or not node.value:
             continue
         if location == OUTPUT:
             _refuse_input(node)
+            _refuse_shorthand(location, node, Path.cwd())
             node.value = os.path.abspath(node.value)
         elif (location == RESUME and node.value != "auto") or _is_input_path(location, node):
+            _refuse_shorthand(location, node, node.origin.folder)
             node.value = os.path.abspath(node.origin.folder / node.value)
 
 
@@ -55,6 +58,13 @@ def problems(recipe: Recipe) -> Iterator[tuple[Location, str, str | None]]:
     config = recipe.launcher.config
     if config is not None and os.path.isabs(config) and not os.path.isfile(config):
         yield LAUNCHER_FILE, f"{_shown(config)} is not a file", None
+    elif config is not None and recipe.launcher.type != "none":
+        from peftcli.launchers.configs import find
+
+        try:
+            find({"auto": "accelerate"}.get(recipe.launcher.type, recipe.launcher.type), config)
+        except InputError as error:
+            yield LAUNCHER_FILE, error.problem, error.fix
 
 
 def _refuse_input(node: Node) -> None:
@@ -62,6 +72,26 @@ def _refuse_input(node: Node) -> None:
     if os.path.isfile(seen_from_recipe):  # False, not an error, for a name that is too long
         problem = f"{_shown(seen_from_recipe)} is a file: a run needs a folder"
         raise InputError(problem, place=node.place, field=dotted(OUTPUT), fix="output_dir starts in the current folder")
+
+
+def _refuse_shorthand(location: Location, node: Node, folder: Path) -> None:
+    text = str(node.value)
+    if os.path.exists(folder / text):  # a strange name, but a name
+        return
+    if re.match(r"~|.*\$(\w|\{)", text):
+        raise InputError(
+            f"{_shown(text)} is taken as it stands: `~` and `$NAME` are not expanded",
+            place=node.place,
+            field=dotted(location),
+            fix='write the path out; on the command line the shell can: field="$HOME/..."',
+        )
+    if re.match(r"[a-z][a-z0-9+.-]{1,20}://", text, re.IGNORECASE):
+        raise InputError(
+            f"{_shown(text)} is an address, not a path",
+            place=node.place,
+            field=dotted(location),
+            fix="download it first, or name what is on the Hugging Face hub as OWNER/NAME",
+        )
 
 
 def _is_input_path(location: Location, node: Node) -> bool:

@@ -6,33 +6,18 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from peftcli.allowed import allowed, meant
 from peftcli.errors import InputError, nearest, printable
 from peftcli.recipe.adapter_section import NAME, VALUE
-from peftcli.recipe.hints import hint
+from peftcli.recipe.hints import foreign_hint, hint
 from peftcli.recipe.nodes import Location, Node, dotted
 from peftcli.recipe.redact import redact
 from peftcli.recipe.schema import SOURCES_TAG, SPLIT_TAG
 
 MAX_PROBLEMS = 19  # and a line about the rest: as many as InputErrors shows
 
-_ALLOWED = {
-    "string_type": "a string",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "model_type": "a map of fields",
-    "model_attributes_type": "a map of fields",
-    "dict_type": "a map",
-    "list_type": "a list",
-    "tuple_type": "a string or a list",
-    "string_too_short": "a string that is not empty",
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "{ge} or more",
-    "less_than": "less than {lt}",
-    "less_than_equal": "{le} or less",
-}
+_SAID_BY_HAND = {"data.eval": "{split: 0.05}, a path, or a list of {path: ...}"}
+"""What is allowed where pydantic knows only what the last of several forms would have been."""
 _BOOLEANS_OF_YAML_1_1 = {"yes", "no", "on", "off", "y", "n"}
 
 
@@ -80,41 +65,51 @@ def _problem(location: Location, group: list[Any], root: Node) -> InputError:
     node, name, kind = root.nearest(location), dotted(location), error["type"]
     context = error.get("ctx", {})
     if kind == "missing":
-        return InputError("is missing", place=node.place, field=name, fix=_example(name))
+        return InputError("is missing", place=node.place, field=name, fix=_typed_for(location, node) or _example(name))
     if kind == "extra_forbidden":
         return InputError("unknown field", place=node.key_place, field=printable(name), fix=hint(location))
     if "problem" in context:
-        about_name = kind == NAME
-        place = node.key_place if about_name else node.place
-        fix = context.get("fix") or (hint(location) if about_name else None)
-        return InputError(context["problem"], place=place, field=name or None, allowed=context.get("allowed"), fix=fix)
-    allowed = list(dict.fromkeys(_allowed(item) for item in group))
+        if kind == NAME:
+            fix = foreign_hint(location) or context.get("fix") or hint(location)
+            return InputError(context["problem"], place=node.key_place, field=name, fix=fix)
+        about = root.nearest(_field_in(context["problem"])) if not location else node
+        text = redact(context["problem"])
+        return InputError(
+            text, place=about.place, field=name or None, allowed=context.get("allowed"), fix=context.get("fix")
+        )
     shown = printable(redact(repr(node.plain())), 80)
     problem = "is empty" if node.value is None else f"{shown} is not accepted"
     return InputError(
-        problem, place=node.place, field=name or None, allowed=", or ".join(allowed), fix=_fix(group, node)
+        problem,
+        place=node.place,
+        field=name or None,
+        allowed=_SAID_BY_HAND.get(name) or allowed(group),
+        fix=_fix(group, node),
     )
 
 
-def _allowed(error: Any) -> str:
-    template = _ALLOWED.get(error["type"])
-    if template is None:
-        return str(error["msg"]).removeprefix("Input should be ").replace("'", "")
-    return template.format(**{key: _number(value) for key, value in error.get("ctx", {}).items()})
+_FIELD = re.compile(r"\b(?:model|adapter|quantization|data|training|preference|launcher)(?:\.\w+)+")
 
 
-def _number(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _field_in(sentence: str) -> list[str | int]:
+    """The first field that a sentence about several names: where to look."""
+    named = _FIELD.search(sentence)
+    return [int(step) if step.isdigit() else step for step in named[0].split(".")] if named else []
+
+
+def _typed_for(location: Location, node: Node) -> str | None:
+    """What may have been meant to be the missing field, where nothing else is said of it: a misspelt `method`."""
+    if dotted(location) != "adapter.method" or not isinstance(node.value, dict):
+        return None
+    close = nearest("method", node.value).name
+    return f"`{close}` is no field of adapter: did you mean `method`?" if close else None
 
 
 def _fix(group: list[Any], node: Node) -> str | None:
     value = node.value
     if group[0]["type"] == "bool_type" and isinstance(value, str) and value.lower() in _BOOLEANS_OF_YAML_1_1:
         return "in YAML 1.2 only true and false are truth values"
-    if isinstance(value, str):
-        names = re.findall(r"'([^']*)'", " ".join(error["msg"] for error in group if error["type"] == "literal_error"))
-        return str(nearest(value, names)) or None
-    return None
+    return meant(value, group)
 
 
 def _example(name: str) -> str | None:

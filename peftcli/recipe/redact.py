@@ -12,7 +12,10 @@ _TOKEN = re.compile(
     r"|\bey[JK][\w-]{8,2000}\.[\w-]{8,2000}\.[\w-]{8,2000}"  # a JSON web token
 )
 _PASSWORD_IN_ADDRESS = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]{0,20}://)[^/\s@]{1,500}@")
-_NAMED = re.compile(r"(?i)((?:token|password|passwd|secret|api[_-]?key|access[_-]?key)[\"']?\s?[=:]\s?)[^\s\"'&,}]{6,}")
+_NAMED = re.compile(
+    r"(?i)((?:token|password|passwd|secret|api[_-]?key|access[_-]?key)[\"']?\s?[=:]\s?)"
+    r"(?!unknown field)[^\s\"'&,}]{6,}"  # but our own word on a field of that name
+)
 
 
 def redact(text: str) -> str:

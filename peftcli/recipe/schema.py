@@ -100,7 +100,7 @@ class DataSource(Section):
     """Format of this source, where it differs from data.format."""
     columns: dict[Text, Text] | None = None
     """The data set's column for each name its format expects, e.g. {prompt: question, completion: answer}."""
-    weight: Positive = 1.0
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How often each sample is seen in an epoch; a fraction takes that part of them."""
     max_samples: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
     """Read at most this many samples."""

@@ -86,12 +86,18 @@ def _check_stream(recipe: Recipe) -> None:
             fix="set training.max_steps",
         )
     if data.eval is not None and not isinstance(data.eval, tuple):
-        raise contradiction("Nothing can be held out of a stream.", fix="name a file of its own in data.eval")
+        raise contradiction(
+            "data.eval asks for a part of a stream, of which nothing can be held out.",
+            fix="name a file of its own in data.eval",
+        )
     for name in ("eval_strategy", "save_strategy"):
         if getattr(training, name) == "epoch":
             raise contradiction(f"training.{name} is `epoch`, which a stream has no end of.", fix="choose steps or no")
     if task_of(recipe) in WITH_CLASSES and recipe.model.labels is None:
-        raise contradiction("The classes of a stream are not known beforehand.", fix="name them in model.labels")
+        raise contradiction(
+            "model.labels is not set, and the classes of a stream are not known beforehand.",
+            fix="name them in model.labels",
+        )
 
 
 def _check_preference(recipe: Recipe) -> None:

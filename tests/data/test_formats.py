@@ -92,25 +92,38 @@ REFUSED = [
     ("chat", {"messages": []}, "messages: is an empty list"),
     ("chat", {"messages": ["hello"]}, "messages: must be a list of objects"),
     ("chat", {"messages": [USER, {"role": "robot", "content": "x"}]}, r"messages\[1\]\.role: is unknown: 'robot'"),
-    ("chat", {"messages": [{"content": "x"}]}, r"messages\[0\]\.role: is unknown: 'None'"),
+    ("chat", {"messages": [{"content": "x"}]}, r"messages\[0\]\.role: is missing"),
+    ("chat", {"messages": [{"role": "gpt", "content": "x"}]}, r"role: is unknown: 'gpt'[\s\S]*write `assistant`"),
+    ("chat", {"messages": None}, "messages: must be a list of objects, but is null"),
     ("chat", {"messages": [USER, SYSTEM]}, r"messages\[1\]\.role: a system turn can only come first"),
     ("chat", {"messages": [{"role": "user"}]}, r"messages\[0\]\.content: must be a string, but is null"),
-    ("chat", {"messages": [{"role": "user", "content": 3}]}, r"messages\[0\]\.content: must be a string, but is int"),
+    (
+        "chat",
+        {"messages": [{"role": "user", "content": 3}]},
+        r"messages\[0\]\.content: must be a string, but is a number",
+    ),
     ("chat", {"messages": [{**USER, "content": [{"type": "image"}]}]}, "has parts other than text"),
     ("chat", {"messages": [USER, {**ASSISTANT, "train": "no"}]}, "`train` must be true or false"),
     ("chat", {"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "`weight` 0 or 1"),
     ("chat", {"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, r"messages\[1\]\.tool_calls: names no function"),
     ("chat", {"messages": [USER, ASSISTANT], "tools": "{"}, "tools: is not valid JSON"),
     ("chat", {"messages": [USER, ASSISTANT], "tools": {"f": 1}}, "tools: must be a list of objects"),
-    ("sharegpt", {"conversations": [USER]}, r"conversations\[0\]: has no `from` and `value`, but `content`, `role`"),
+    (
+        "sharegpt",
+        {"conversations": [USER]},
+        r"conversations\[0\]: has no `from` and `value`, but `content`, `role`\n.*columns: {messages: conversations}",
+    ),
+    ("preference", {"prompt": "p", "chosen": None, "rejected": "a"}, "chosen: must be a string, but is null"),
+    ("preference", {"prompt": "p", "chosen": "b", "rejected": ["a"]}, "rejected: must be a string, but is a list"),
+    ("qa", {"question": "q", "context": "a", "answers": {"text": [""], "answer_start": [0]}}, "answers.text: is empty"),
     ("sharegpt", {"conversations": [{"from": "robot", "value": ""}]}, r"conversations\[0\]\.from: is an unknown role"),
     ("sharegpt", {"conversations": [{"from": ["x"], "value": ""}]}, r"conversations\[0\]\.from: is an unknown role"),
     ("sharegpt", {"conversations": [HUMAN, GPT], "system": 3}, "system: must be a string"),
     ("prompt_completion", {"prompt": "x", "completion": None}, "completion: must be a string, but is null"),
-    ("prompt_completion", {"prompt": 1, "completion": "x"}, "prompt: must be a string, but is int"),
+    ("prompt_completion", {"prompt": 1, "completion": "x"}, "prompt: must be a string, but is a number"),
     ("prompt_completion", {"prompt": "x"}, "has no column `completion`"),
     ("prompt_completion", {"prompt": [USER], "completion": [SYSTEM]}, "a system turn can only come first"),
-    ("prompt_completion", {"prompt": [USER], "completion": "x"}, "prompt: must be a string, but is list"),
+    ("prompt_completion", {"prompt": [USER], "completion": "x"}, "prompt: must be a string, but is a list"),
     ("alpaca", {"instruction": "x", "output": "y", "input": 1}, "input: must be a string"),
     ("alpaca", {"instruction": "x", "output": "y", "input": 0}, "input: must be a string"),
     ("chat", {"messages": [USER, ASSISTANT], "tools": '[{"a": NaN}]'}, "tools: is not valid JSON: `the text` holds"),
@@ -121,9 +134,9 @@ REFUSED = [
         "rejected: asks something else than `chosen`",
     ),
     ("text", {"text": "\ud800"}, "text: holds half a surrogate pair at character 0"),
-    ("text", {"text": {}}, "text: must be a string, but is dict"),
+    ("text", {"text": {}}, "text: must be a string, but is an object"),
     ("classification", {"text": " ", "label": 1}, "text: holds nothing but blanks"),
-    ("classification", {"text": "x", "label": 1.5}, "label: must be a string, but is float"),
+    ("classification", {"text": "x", "label": 1.5}, "label: must be a word or a whole number, but is 1.5"),
     ("classification", {"text": "x", "label": ""}, "label: is an empty label"),
     ("classification", {"text": "x"}, "has no column `label`"),
     ("tokens", {"tokens": ["a", "b"], "tags": ["O"]}, "tags: has 1 entries for 2 tokens"),
@@ -183,3 +196,11 @@ def test_data_of_another_task_are_refused_with_what_to_set(task, name):
 def test_unknown_columns_are_refused(columns, message):
     with pytest.raises(InputError, match=message):
         detect(columns, "here")
+
+
+def test_a_column_that_is_right_is_not_suggested_for_itself():
+    with pytest.raises(InputError) as caught:
+        detect(["instruction", "respons"], "here")
+    assert "did you mean" not in str(caught.value)
+    with pytest.raises(InputError, match="`promt`: did you mean `prompt`"):
+        detect(["completion", "promt"], "here")

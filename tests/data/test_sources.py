@@ -80,3 +80,10 @@ def test_what_is_neither_here_nor_on_the_hub():
         texts(path="missing.jsonl")
     with pytest.raises(InputError, match="nobody/nothing: is no file or folder here, and can't be loaded"):
         texts(path="nobody/nothing")
+
+
+@pytest.mark.parametrize("option", ["split", "name"])
+def test_a_file_has_no_splits_to_choose_from(tmp_path, option):
+    write(tmp_path, "train.jsonl")
+    with pytest.raises(InputError, match=f"is one file, which has no {option} to choose"):
+        texts(path=str(tmp_path / "train.jsonl"), **{option: "test"})

@@ -115,7 +115,7 @@ def test_the_first_rows_are_audited(tmp_path: Path) -> None:
 
 REFUSED = {
     "max_steps": ({"training": {"max_steps": -1}}, "needs training.max_steps"),
-    "held out": ({"data": {"eval": {"split": 0.1}}}, "Nothing can be held out"),
+    "held out": ({"data": {"eval": {"split": 0.1}}}, "nothing can be held out"),
     "eval_strategy": ({"training": {"eval_strategy": "epoch"}}, "training.eval_strategy"),
     "save_strategy": ({"training": {"save_strategy": "epoch"}}, "training.save_strategy"),
     "classes": ({"model": {"task_type": "SEQ_CLS"}}, "model.labels"),

@@ -107,8 +107,8 @@ def test_every_answer_that_is_right_is_kept_and_those_a_window_cuts_off_are_none
     ("answers", "message"),
     [
         ({"text": ["red", "blue"], "answer_start": [4, 22]}, "holds 'lue ' at character 22"),
-        ({"text": ["red", 4], "answer_start": [4, 21]}, "answers.text: must be a string, but is int"),
-        ({"text": ["red", ""], "answer_start": [4, 21]}, "not the answer ''"),
+        ({"text": ["red", 4], "answer_start": [4, 21]}, "answers.text: must be a string, but is a number"),
+        ({"text": ["red", ""], "answer_start": [4, 21]}, "answers.text: is empty"),
         ({"text": ["red", "blue"], "answer_start": [4, True]}, "must be a whole number"),
     ],
 )

@@ -61,7 +61,61 @@ BAD = {
         "recipe.yaml:3:3: model.token: ",
         "never in a recipe",
     ),
-    "rank as text": (("r: 4", "r: four"), "recipe.yaml:5:6: adapter.r: 'four'", "integer"),
+    "rank as text": (("r: 4", "r: four"), "recipe.yaml:5:6: adapter.r: 'four'", "a whole number"),
+    "rank left empty": (("r: 4", "r:"), "recipe.yaml:5:5: adapter.r: is empty", "a whole number"),
+    "switch as a word": (("r: 4", "use_dora: 'yes'"), "recipe.yaml:5:13: adapter.use_dora: 'yes'", "true or false"),
+    "list as text": (
+        ("r: 4", "modules_to_save: lm_head"),
+        "recipe.yaml:5:20: adapter.modules_to_save: 'lm_head'",
+        "allowed: a list",
+    ),
+    "misspelt start": (
+        ("r: 4", "init_lora_weights: pisa"),
+        "recipe.yaml:5:22: adapter.init_lora_weights: 'pisa'",
+        "did you mean `pissa`",
+    ),
+    "axolotl's rank": (("r: 4", "lora_r: 4"), "recipe.yaml:5:3: adapter.lora_r: ", "here `adapter.r`"),
+    "another method's field": (
+        ("r: 4", "num_virtual_tokens: 4"),
+        "recipe.yaml:5:3: adapter.num_virtual_tokens: ",
+        "fields of lora: target_modules, ",
+    ),
+    "misspelt method field": (
+        ("method: lora", "methd: lora"),
+        "recipe.yaml:4:3: adapter.method: is missing",
+        "`methd` is no field",
+    ),
+    "eval as a number": (
+        ("train.jsonl", "train.jsonl\n  eval: 0.1"),
+        "recipe.yaml:9:9: data.eval: 0.1",
+        "{split: 0.05}",
+    ),
+    "masked prompts": (
+        ("train.jsonl", "train.jsonl\n  train_on_inputs: false"),
+        "recipe.yaml:9:3: data.train_on_inputs",
+        "leave it out",
+    ),
+    "home folder": (("train.jsonl", "~/train.jsonl"), "recipe.yaml:8:10: data.train: ~/train.jsonl", "not expanded"),
+    "address": (("train.jsonl", "https://a.org/t.jsonl"), "recipe.yaml:8:10: data.train: https://a.org", "download it"),
+    "no launcher file": (
+        ("out/run", "out/run\nlauncher: {config: zero9}"),
+        "recipe.yaml:11:20: launcher.config: there is no launcher file 'zero9' for accelerate",
+        "ddp, single",
+    ),
+    "launcher file of another type": (
+        ("out/run", "out/run\nlauncher: {type: deepspeed, config: fsdp-qlora}"),
+        "recipe.yaml:11:37: launcher.config: ",
+        "set launcher.type: fsdp",
+    ),
+    "a secret in the adapter": (
+        ("r: 4", "r: hf_abcdefghijklmnopqrst"),
+        "recipe.yaml:5:6: adapter.r: '***' is not accepted",
+    ),
+    "weight without end": (
+        ("train: train.jsonl", "train: {path: train.jsonl, weight: 1.0e+9}"),
+        "recipe.yaml:8:38: data.train.weight: ",
+        "1000 or less",
+    ),
     "rank as truth": (("r: 4", "r: true"), "recipe.yaml:5:6: adapter.r: True"),
     "negative rank": (("r: 4", "r: -4"), "recipe.yaml:5:6: adapter.r: -4", "1"),
     "nan": (("r: 4", "lora_alpha: .nan"), "recipe.yaml:5:15: adapter.lora_alpha: nan"),
@@ -124,7 +178,7 @@ BAD = {
     ),
     "early stopping without evaluations": (
         ("out/run", "out/run\n  early_stopping_patience: 2"),
-        "recipe.yaml:1:1: training.early_stopping_patience",
+        "recipe.yaml:11:28: training.early_stopping_patience",
         "data.eval",
     ),
     "blank folder": (("out/run", "'  '"), "recipe.yaml:10:15: training.output_dir: ", "no name for a folder"),
@@ -354,8 +408,9 @@ class TestDump:
             assert "***" in text
             assert not re.search("hf_abc|pass@|01234", text)
 
-    def test_environment_is_not_expanded(self, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("path", ["out/${HF_TOKEN}", "$HF_TOKEN/run", "~/run"])
+    def test_environment_is_not_expanded(self, path: str, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_TOKEN", "secret-value")
-        recipe = load_recipe(write(("out/run", "out/${HF_TOKEN}")))
-        assert recipe.training.output_dir.endswith("out/${HF_TOKEN}")
-        assert "secret-value" not in dump_recipe(recipe)
+        with pytest.raises(InputError, match="are not expanded") as refused:
+            load_recipe(write(("out/run", path)))
+        assert "training.output_dir" in str(refused.value) and "secret-value" not in str(refused.value)
