@@ -109,6 +109,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module("peftcli.errors"), name)
     elif name in _HOME:
         value = getattr(import_module(f"peftcli.adapters.{_HOME[name]}"), name)
+    elif name in _peft_paths():
+        value = import_module(f"peftcli.{name}")
     else:
         from peftcli.adapters.registry import config_named, tuner_type
 
@@ -130,6 +132,12 @@ def __dir__() -> list[str]:
 
     tuners = [method.tuner for method in METHODS.values() if tuner_type(method.tuner)]
     return sorted({*__all__, *(method.config for method in METHODS.values()), *tuners})
+
+
+def _peft_paths() -> frozenset[str]:
+    from peftcli.peft_paths import paths
+
+    return paths()
 
 
 def _install_peft_paths() -> None:

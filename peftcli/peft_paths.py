@@ -65,6 +65,9 @@ class PeftPaths(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         def look_up(name: str) -> Any:
+            below = f"{module.__name__}.{name}"
+            if below.removeprefix("peftcli.") in paths():
+                return import_module(below)
             if name in BELOW:
                 file = import_module(f"peftcli.adapters.{BELOW[name]}")
                 return getattr(file, RENAMED.get(name, name))

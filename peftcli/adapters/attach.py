@@ -119,7 +119,11 @@ def check_new(attached: Attached, config: PeftConfig, name: str) -> None:
             f"adapter name {name!r} is taken: torch's modules have an attribute of it", field="adapter_name"
         )
     if name in attached.configs:
-        raise InputError(f"Adapter with name {name} already exists.", field="adapter_name")
+        raise InputError(
+            f"Adapter with name '{name}' already exists.",
+            field="adapter_name",
+            fix="another adapter_name, or delete_adapter or unload first",
+        )
     config.check_beside(list(attached.configs.values()))
     if attached.configs and getattr(config, "bias", "none") != "none":
         raise InputError(

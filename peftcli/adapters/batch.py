@@ -59,7 +59,9 @@ def _check(attached: Attached, training: bool, names: list[str], rows: int | Non
     if training:
         raise InputError("Cannot pass `adapter_names` when the model is in training mode.")
     if attached.merged:
-        raise InputError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter`.")
+        raise InputError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
     if attached.biases:
         raise InputError("Cannot pass `adapter_names` when an adapter trains biases of the base model.")
 

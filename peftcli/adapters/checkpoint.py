@@ -23,7 +23,7 @@ from peftcli.adapters.fingerprint import FILE as FINGERPRINT
 from peftcli.adapters.fingerprint import write_fingerprint
 from peftcli.adapters.holding import Buffers
 from peftcli.adapters.registry import adapter_class
-from peftcli.errors import InputError, InputErrors, RunError, printable
+from peftcli.errors import ArgumentTypeError, InputError, InputErrors, RunError, printable
 from peftcli.files import write_atomically
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -330,7 +330,9 @@ def resolve_adapter_folder(
         TypeError: for an argument that is none of `HUB_OPTIONS`.
     """
     if unknown := sorted(hub.keys() - HUB_OPTIONS):
-        raise TypeError(f"got an unexpected keyword argument '{unknown[0]}'")
+        raise ArgumentTypeError(
+            f"got an unexpected keyword argument '{unknown[0]}'", allowed=", ".join(sorted(HUB_OPTIONS))
+        )
     folder = Path(name_or_path)
     if folder.is_dir():
         folder = folder / (subfolder or "")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from peftcli.adapters.targets import is_all_linear
 from peftcli.allowed import allowed, meant
-from peftcli.errors import InputError, InputErrors, nearest, printable
+from peftcli.errors import ArgumentTypeError, InputError, InputErrors, nearest, printable
 from peftcli.files import read_strict_json
 
 if TYPE_CHECKING:
@@ -83,11 +83,18 @@ def runtime(default: Any) -> Any:
 class ConfigType(type):
     """Lets a config be made with `peft_type=...`, as PEFT's documentation does: it must be the class's own."""
 
-    def __call__(cls, *args: Any, peft_type: str | None = None, **fields: Any) -> Any:
+    def __call__(cls, *args: Any, peft_type: str | None = None, **given: Any) -> Any:
         own = cls.__dict__.get("peft_type")
         if peft_type is not None and _plain(peft_type) != own:
             raise InputError(f"is {printable(peft_type)!r}, but this is {cls.__name__}", field="peft_type", allowed=own)
-        return super().__call__(*args, **fields)
+        known = [item.name for item in fields(cast(Any, cls)) if item.init]
+        if unknown := sorted(given.keys() - set(known)):
+            raise ArgumentTypeError(
+                f"{cls.__name__}.__init__() got an unexpected keyword argument '{unknown[0]}'",
+                fix=str(nearest(unknown[0], known))
+                or "peftcli may not have what this field of PEFT's does: leave it out",
+            )
+        return super().__call__(*args, **given)
 
 
 @dataclass
@@ -131,7 +138,10 @@ class PeftConfig(metaclass=ConfigType):
     def add_heads(self) -> None:
         """Name the heads of the task among the modules trained in full, for methods that have such."""
         if any(item.name == "modules_to_save" for item in config_fields(type(self))):
-            given = list(getattr(self, "modules_to_save", None) or [])
+            given = getattr(self, "modules_to_save", None) or []
+            if isinstance(given, str):
+                return  # one name where a list belongs: `check` says so
+            given = list(given)
             heads = [head for head in HEADS.get(self.task, []) if head not in given]
             self.modules_to_save = given + heads or None
 
@@ -216,6 +226,12 @@ class PeftConfig(metaclass=ConfigType):
 
     def validate(self) -> None:
         """Check fields against each other; called before an adapter is attached. Methods extend it."""
+        if self.task_type is not None and self.task is None:
+            tasks = ", ".join(task.value for task in TaskType)
+            raise InputError(
+                f"Invalid task type: '{printable(self.task_type)}'. Must be one of the following task types: {tasks}.",
+                field="task_type",
+            )
         for name in ("base_model_name_or_path", "revision"):
             fault = name_fault(getattr(self, name) or "")
             if fault:
@@ -319,6 +335,15 @@ class TunerConfig(PeftConfig):
     @property
     def is_all_linear(self) -> bool:
         return is_all_linear(self.target_modules)
+
+
+def require_config(config: object) -> None:
+    """Refuse what is no config, e.g. a dictionary or a path."""
+    if not isinstance(config, PeftConfig):
+        raise ArgumentTypeError(
+            f"The input config must be a PeftConfig, got {type(config)}",
+            fix="get_peft_config makes one of a dictionary, PeftConfig.from_pretrained of a folder",
+        )
 
 
 def config_fields(cls: type[PeftConfig]) -> list[Field[Any]]:

@@ -83,6 +83,10 @@ class CopyLayer(nn.Module):
             raise InputError(f"{self.names.what} does not allow more than one active adapter at a time", place=place)
 
     @property
+    def active_adapter(self) -> list[str]:
+        return self.active_adapters
+
+    @property
     def active(self) -> nn.Module:
         """The module that answers now."""
         names = [name for name in self.merged_adapters or self.active_adapters if name in self.copies]

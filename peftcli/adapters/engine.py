@@ -218,19 +218,30 @@ class Attached:
 
     def merge(self, names: list[str] | None = None, *, safe_merge: bool = False) -> None:
         """Fold adapters into the base weights in place; `unmerge` brings the originals back bit for bit."""
+        names = self._to_merge(names)
+        merged = sorted({name for layer in self.parts() for name in layer.merged_adapters})
+        if merged and not (more := set(names) - set(merged)):
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+            return
+        if merged:
+            warnings.warn(
+                f"Already following adapters were merged {','.join(merged)}. "
+                f"You are now additionally merging {','.join(sorted(more))}.",
+                stacklevel=3,
+            )
+        for _, layer in self.layers():
+            layer.merge(safe_merge, names)
+        for _, copied in self.copies():
+            copied.merge(names)
+
+    def _to_merge(self, names: list[str] | None) -> list[str]:
+        """The adapters to merge: those named, or the active ones."""
         if names is not None and not isinstance(names, list):
             raise ArgumentTypeError(f"adapter_names should be a list of strings, got {names!r}.")
         for name in names or []:
             self._known(name)
         self._require_mergeable()
-        merged = {name for layer in self.parts() for name in layer.merged_adapters}
-        if merged and not set(names or self.active) - merged:
-            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
-            return
-        for _, layer in self.layers():
-            layer.merge(names, safe_merge=safe_merge)
-        for _, copied in self.copies():
-            copied.merge(names or self.active)
+        return self.active if names is None else names
 
     def unmerge(self) -> None:
         if not self.merged:
@@ -250,18 +261,16 @@ class Attached:
         A merged weight is a new parameter, so a tie to another module (input and output embeddings) is broken where the
         adapter changed one of the two; the model's config is told, so that a reload does not tie them again.
         """
-        if merge:
-            self._require_mergeable()
-        elif self.merged:
+        names = self._to_merge(names) if merge else []
+        if not merge and self.merged:
             self.unmerge()
         for name, biases in self.biases.items():  # before merging: a method may change the bias as well
-            biases.switch(merge and name in (names or self.active))
-        for _, layer in list(self.layers()):
-            if merge:
-                layer.merge(names, safe_merge=safe_merge)
-                layer.forget_originals()
+            biases.switch(name in names)
+        for _, layer in list(self.layers()) if merge else []:
+            layer.merge(safe_merge, names)
+            layer.forget_originals()  # one layer's at a time: a large base must not be held twice
         for path, copied in list(self.copies()):
-            copied.merge(names or self.active)
+            copied.merge(names)
             _put(self.root, path, copied.final() if merge else copied.original)
         for path, layer in reversed(list(self.layers())):  # inner layers first: paths of outer ones stay true
             _put(self.root, path, layer.base_layer)

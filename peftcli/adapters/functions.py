@@ -10,7 +10,7 @@ from torch import Tensor, nn  # noqa: TID253
 
 from peftcli.adapters.attach import Placement, attach
 from peftcli.adapters.checkpoint import PREFIX
-from peftcli.adapters.config import PeftConfig, as_tuner_config
+from peftcli.adapters.config import PeftConfig, as_tuner_config, require_config
 from peftcli.adapters.engine import adapters_of, attached_to, base_modules
 from peftcli.adapters.model import PeftModel
 from peftcli.adapters.task_models import model_class
@@ -39,6 +39,7 @@ def get_peft_model(
     Raises:
         InputError: if the config does not fit the model.
     """
+    require_config(peft_config)
     if attached_to(model) is not None or isinstance(model, PeftModel):
         warnings.warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
@@ -55,7 +56,11 @@ def get_peft_model(
     peft_config.base_model_name_or_path = name or peft_config.base_model_name_or_path
     if revision is not None:
         if peft_config.revision not in (None, revision):
-            warnings.warn(f"peft config has already set base model revision to {peft_config.revision}", stacklevel=2)
+            warnings.warn(
+                f"peft config has already set base model revision to {peft_config.revision}, "
+                f"overwriting with revision {revision}",
+                stacklevel=2,
+            )
         peft_config.revision = revision
     if mixed:
         from peftcli.adapters.mixed import PeftMixedModel
@@ -82,6 +87,7 @@ def inject_adapter_in_model(
         low_cpu_mem_usage: accepted; attaching never takes more.
         state_dict: the tensors it will be loaded from: the modules they belong to become its `target_modules`.
     """
+    require_config(peft_config)
     if state_dict is not None:
         peft_config = replace(as_tuner_config(peft_config), target_modules=_modules_of(state_dict, model))
     attached = attach(model, peft_config, adapter_name)

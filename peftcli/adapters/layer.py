@@ -226,9 +226,9 @@ class AdapterLayer(PeftNames, TensorHolder):
             return self.site.to_stored(self.effective([name])[0] - self.site.weight())
 
     @torch.no_grad()
-    def merge(self, names: list[str] | None = None, *, safe_merge: bool = False) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the adapted weight in the module's place. The original parameter is kept, so `unmerge` is exact."""
-        asked = dict.fromkeys(names or self.active_adapters)  # once each, also those named twice
+        asked = dict.fromkeys(self.active_adapters if adapter_names is None else adapter_names)  # once each
         wanted = [name for name in self._live(asked) if name not in self.merged_adapters]
         if not wanted:
             return
@@ -263,7 +263,7 @@ class AdapterLayer(PeftNames, TensorHolder):
         leader = self.leader(names[0])
         if leader is None or any(self.leader(name) is not leader for name in names):
             return False
-        leader.merge(names)
+        leader.merge(adapter_names=names)
         if leader.merged_adapters != names:
             return False
         self._swap(self.site.parameter, leader.site.stored)

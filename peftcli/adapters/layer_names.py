@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -63,6 +63,8 @@ class PeftNames(nn.Module):
     adapters: dict[str, Adapter]
     active_adapters: list[str]
     merged_adapters: list[str]
+    disable_adapters: bool
+    own_tensors: Callable[[str], Iterator[tuple[Any, Any]]]
 
     @property
     def merged(self) -> bool:
@@ -90,6 +92,22 @@ class PeftNames(nn.Module):
         mine = (slot.head for name in self.adapters for slot in self._slots[name] if slot.spec.trainable)
         lora = LORA_CONTAINERS[:4] if self._is_lora() else ()
         return tuple(dict.fromkeys((*lora, *mine)))
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters of this layer on or off; what is switched off is not trained."""
+        self.disable_adapters = not enabled
+        self._train_only(self.active_adapters if enabled else [])
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones of this layer; their tensors get gradients, unless `inference_mode`."""
+        self.active_adapters = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._train_only([] if inference_mode else self.active_adapters)
+
+    def _train_only(self, names: Sequence[str]) -> None:
+        for name in self.adapters:
+            for slot, tensor in self.own_tensors(name):
+                if slot.spec.trainable:
+                    tensor.requires_grad_(name in names)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's scaling to `scale` times its initial one."""
@@ -137,6 +155,8 @@ class PeftNames(nn.Module):
             return nn.ModuleDict()
         if name in ("in_features", "out_features"):
             return getattr(self.site.shape, name)
+        if name == "fan_in_fan_out":  # one fact of the module
+            return any(getattr(adapter.config, name, False) for adapter in adapters.values())
         for owner in (lambda adapter: adapter, lambda adapter: adapter.config):
             if any(hasattr(owner(adapter), name) for adapter in adapters.values()):
                 return MappingProxyType({key: getattr(owner(adapter), name, None) for key, adapter in adapters.items()})

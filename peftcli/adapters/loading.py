@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor  # noqa: TID253
 
 from peftcli.adapters import checkpoint
-from peftcli.adapters.config import PeftConfig, read_config
+from peftcli.adapters.config import PeftConfig, read_config, require_config
 from peftcli.adapters.fingerprint import check_fingerprint
 from peftcli.errors import InputError
 
@@ -49,6 +49,8 @@ def open_adapter(
     Raises:
         InputError: there is no adapter, it is damaged, or was trained on another base.
     """
+    if config is not None:
+        require_config(config)
     experts = hub.pop("adapters", None)  # X-LoRA's
     folder = checkpoint.resolve_adapter_folder(model_id, **hub)
     config = config or read_config(folder / checkpoint.CONFIG_NAME)

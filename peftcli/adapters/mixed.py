@@ -41,6 +41,15 @@ class PeftMixedModel(PeftModel):
     def tuner_for(cls, peft_config: PeftConfig) -> type[Tuner]:
         return MixedModel
 
+    @property
+    def active_adapter(self) -> list[str]:  # type: ignore[override]
+        """The active adapters: one alone or several."""
+        return self.active_adapters
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapters[0]]
+
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several composed, the active ones."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)

@@ -17,7 +17,7 @@ from torch import Tensor, nn  # noqa: TID253
 from peftcli.adapters import checkpoint, status
 from peftcli.adapters.batch import batch_facts
 from peftcli.adapters.card import update_card
-from peftcli.adapters.config import PeftConfig
+from peftcli.adapters.config import PeftConfig, require_config
 from peftcli.adapters.conversion import supports_lora_conversion
 from peftcli.adapters.engine import Attached, adapters_of, attached_to
 from peftcli.adapters.fingerprint import fingerprint
@@ -74,6 +74,7 @@ class PeftModel(nn.Module):
         initialize: bool = True,
     ) -> None:
         """Attach another adapter of the same method. The active adapter stays the active one."""
+        require_config(peft_config)
         self._check_same_method(peft_config)
         peft_config.add_heads()
         if isinstance(peft_config, PromptLearningConfig):
@@ -267,6 +268,8 @@ class PeftModel(nn.Module):
         path_initial_model_for_weight_conversion: str | Path | None = None,
         state_dict: dict[str, Tensor] | None = None,
         save_function: Any = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str | None = None,
     ) -> None:
         """Write adapters as PEFT does: `default` into the folder itself, others into a sub-folder of their name.
 
@@ -278,8 +281,11 @@ class PeftModel(nn.Module):
             is_main_process: False writes nothing.
             path_initial_model_for_weight_conversion: accepted: starts taken from the base are always stored converted.
             state_dict: tensors by the model's own names, where they were gathered from several processes.
-            save_function: accepted: transformers and accelerate pass theirs.
+            save_function, max_shard_size: accepted: transformers and accelerate pass theirs. An adapter is one file.
+            push_to_hub: only False: peftcli uploads nothing.
         """
+        if push_to_hub:
+            self.push_to_hub(Path(save_directory).name)
         if not safe_serialization:
             raise InputError("adapters are written as safetensors only", field="safe_serialization", allowed="True")
         if Path(save_directory).is_file():
@@ -309,10 +315,10 @@ class PeftModel(nn.Module):
 
     @classmethod
     def class_for(cls, config: PeftConfig) -> type[PeftModel]:
-        """The class a config's task asks for."""
+        """The class a config's task asks for; without one, the class that was asked."""
         from peftcli.adapters.task_models import model_class
 
-        return model_class(config)
+        return model_class(config) if config.task else cls
 
     @classmethod
     def from_pretrained(

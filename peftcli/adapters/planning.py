@@ -18,7 +18,7 @@ from peftcli.adapters.module_layer import ModuleSite
 from peftcli.adapters.prompt_base import PromptLearningConfig
 from peftcli.adapters.registry import adapter_class, adapter_class_of
 from peftcli.adapters.sites import LinearSite, ParameterSite, Site, TransposedSite, site_for
-from peftcli.adapters.targets import default_targets, matches, select, shortest_names, unmatched_targets
+from peftcli.adapters.targets import default_targets, matches, select, shortest_names, unmatched
 from peftcli.errors import InputError, printable
 
 TASK_HEADS = frozenset(head for heads in HEADS.values() for head in heads)
@@ -114,8 +114,8 @@ def _targets(model: nn.Module, config: TunerConfig, base: dict[str, nn.Module]) 
     chosen = select(config, base, linear=linear)
     if config.is_all_linear:
         config.target_modules = set(shortest_names(chosen, base))
-    for missing in unmatched_targets(config, chosen) if given is not None else ():
-        warnings.warn(f"target_modules: `{missing}` matches no module of the model", stacklevel=5)
+    for field, missing in unmatched(config, base) if given is not None else ():
+        warnings.warn(f"{field}: `{missing}` matches no module of the model", stacklevel=5)
     return chosen
 
 

@@ -109,12 +109,21 @@ def shortest_names(chosen: list[str], modules: Iterable[str]) -> list[str]:
     return sorted({next(ending for ending in reversed(endings[name]) if ending not in taken) for name in chosen})
 
 
-def unmatched_targets(config: TunerConfig, chosen: Iterable[str]) -> list[str]:
-    """Entries of a `target_modules` list that hit nothing: a misspelling hidden by its neighbours (peft#1959)."""
-    if not isinstance(config.target_modules, (set, list)):
-        return []
-    endings = {".".join(parts[start:]) for parts in (name.split(".") for name in chosen) for start in range(len(parts))}
-    return sorted(set(config.target_modules) - endings - {DUMMY_TARGET_MODULES})
+def unmatched(config: TunerConfig, modules: Iterable[str]) -> list[tuple[str, str]]:
+    """Field and entry of what `target_modules` and `exclude_modules` name and the model has not.
+
+    A misspelling is hidden by its neighbours in a list (peft#1959); an exclusion that means nothing is hidden always.
+    """
+    names = list(modules)
+    known = {".".join(parts[start:]) for parts in (name.split(".") for name in names) for start in range(len(parts))}
+    found = []
+    for field in ("target_modules", "exclude_modules"):
+        given = getattr(config, field)
+        if isinstance(given, (set, list)):
+            found += [(field, entry) for entry in sorted(set(given) - known - {DUMMY_TARGET_MODULES})]
+        elif field == "exclude_modules" and given and not any(matches(given, name, field=field) for name in names):
+            found.append((field, given))
+    return found
 
 
 def unmatched_patterns(config: PeftConfig, adapted: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -89,6 +89,8 @@ def _check(
         raise InputError(f"Invalid combination_type: {kind}", allowed=", ".join(COMBINATION_TYPES))
     if len(weights) != len(adapters):
         raise InputError(f"{len(adapters)} adapters need as many weights, not {len(weights)}", field="weights")
+    if not configs:
+        raise InputError("no adapters to combine", field="adapters", allowed="names of adapters of this model")
     if len(configs) > 1 and any(config.modules_to_save for config in configs):
         raise InputError("Cannot add weighted adapters if they target the same module with modules_to_save")
     for name, config in zip(adapters, configs, strict=True):
@@ -101,8 +103,11 @@ def _check(
             )
     if density is None and any(word in kind for word in ("ties", "dare", "prune")):
         raise InputError(f"{kind} needs a density", field="density", allowed="0 to 1")
-    if isinstance(configs[0].target_modules, str) != isinstance(configs[-1].target_modules, str):
-        raise InputError("Invalid type <class 'str'> found in target_modules: all must be lists, or all expressions")
+    if len({isinstance(config.target_modules, str) for config in configs}) > 1:
+        raise InputError(
+            "all adapter configs should follow the same target modules type. Combining adapters with `target_modules` "
+            "type being a mix of list/set and string is not supported."
+        )
 
 
 def _merged_config(configs: list[LoraConfig], ranks: dict[str, int]) -> LoraConfig:
@@ -158,7 +163,8 @@ def _by_svd(
 ) -> tuple[Tensor, Tensor]:
     deltas = [cast(Lora, layer.adapters[name]).delta(layer.tensors(name)).float() for name, _ in parents]
     merged = operator(deltas, [weight for _, weight in parents], settings)
-    rank = svd.rank or max(cast(Lora, layer.adapters[name]).r for name, _ in parents)
+    adapters = [cast(Lora, layer.adapters[name]) for name, _ in parents]  # with a rank of their own here, or not
+    rank = svd.rank or max(r for adapter in adapters for r in (adapter.r, adapter.config.r))
     u, s, vh = torch.linalg.svd(merged, full_matrices=False, driver=svd.driver)
     rank = min(rank, s.numel())
     b, a = u[:, :rank] * s[:rank], vh[:rank]

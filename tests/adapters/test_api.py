@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import peftcli
 from peftcli import (
@@ -33,22 +35,7 @@ from peftcli import (
     shift_tokens_right,
 )
 from peftcli.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-
-IDS = torch.arange(12).reshape(2, 6)
-X = torch.linspace(-1, 1, 36).reshape(3, 12)
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def mlp() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8)).eval()
+from tests.adapters.small import IDS, X, llama, mlp
 
 
 def lora(**options: object) -> LoraConfig:
@@ -64,7 +51,7 @@ def test_every_public_name_can_be_imported() -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    llama().save_pretrained(tmp_path / "base")
+    llama(layers=2).save_pretrained(tmp_path / "base")
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     config = LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
@@ -79,6 +66,33 @@ def test_auto_classes_load_base_and_adapter(saved: Path) -> None:
         assert torch.equal(model(IDS).logits, expected)
     with pytest.raises(ValueError, match="Expected target PEFT class: PeftModelForCausalLM"):
         AutoPeftModelForSequenceClassification.from_pretrained(saved)
+
+
+def test_an_auto_class_is_a_task_where_the_config_names_none(saved: Path) -> None:
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps({**config, "task_type": None}))
+    model = AutoPeftModelForCausalLM.from_pretrained(saved)
+    assert type(model).__name__ == "PeftModelForCausalLM"
+    assert model.get_base_model().lm_head is not None
+    with pytest.raises(OSError, match=r"is made by `AutoPeftModel\.from_pretrained"):
+        AutoPeftModel()
+
+
+def test_a_class_of_one_s_own_package_is_imported_if_the_caller_allows_it(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_models.py").write_text(
+        "from transformers import LlamaForCausalLM\nclass Mine(LlamaForCausalLM): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = json.loads((saved / "adapter_config.json").read_text())
+    config.update(task_type=None, auto_mapping={"base_model_class": "Mine", "parent_library": "my_models"})
+    (saved / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"import_allowlist=\['my_models'\]"):
+        AutoPeftModel.from_pretrained(saved)
+    assert "my_models" not in sys.modules
+    model = AutoPeftModel.from_pretrained(saved, import_allowlist=["my_models"])
+    assert type(model.get_base_model()).__name__ == "Mine"
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "os", "no.such", None])
@@ -217,6 +231,35 @@ def test_state_dicts_as_peft_passes_them() -> None:
 def test_peft_s_paths_can_be_imported(path: str, names: str) -> None:
     module = importlib.import_module(f"peftcli.{path}")
     assert all(getattr(module, name) is not None for name in names.split())
+
+
+def test_peft_s_modules_are_attributes_without_an_import_of_their_own() -> None:
+    assert peftcli.utils.other.shift_tokens_right is shift_tokens_right
+    assert peftcli.tuners.lora.LoraConfig is LoraConfig
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        peftcli.utils.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: LoraConfig(rr=3), r"unexpected keyword argument 'rr'"),
+        (lambda: LoraConfig(target_module=["0"]), "did you mean `target_modules`"),
+        (lambda: get_peft_model(mlp(), {"r": 4}), r"must be a PeftConfig, got <class 'dict'>"),
+        (lambda: peftcli.inject_adapter_in_model(mlp(), lora()), "must be a PeftConfig, got"),
+        (lambda: get_peft_model(mlp(), lora()).add_adapter("b", "path"), "must be a PeftConfig, got <class 'str'>"),
+        (lambda: PeftModel.from_pretrained(mlp(), ".", config={"r": 4}), "must be a PeftConfig, got <class 'dict'>"),
+    ],
+)
+def test_what_is_no_config_or_no_field_is_refused_by_name(call: Callable[[], object], words: str) -> None:
+    for kind in (TypeError, ValueError):
+        with pytest.raises(kind, match=words):
+            call()
+
+
+def test_a_task_nobody_knows_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Invalid task type: 'CAUSAL_LLM'\. Must be one of"):
+        get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LLM"))
 
 
 def test_names_that_are_not_here_say_what_is() -> None:

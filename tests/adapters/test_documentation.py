@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration, T5Model
+from transformers import T5Config, T5ForConditionalGeneration, T5Model
 
 import peftcli
 from peftcli import (
@@ -46,14 +46,7 @@ from peftcli import (
     save_as_lora,
     set_peft_model_state_dict,
 )
-
-IDS = torch.arange(12).reshape(2, 6)
-
-
-def llama(**options: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, "num_attention_heads": 2, **options})).eval()
+from tests.adapters.small import IDS, llama
 
 
 def t5(kind: Callable[[T5Config], Any] = T5ForConditionalGeneration) -> Any:
@@ -80,7 +73,7 @@ class Dummy(nn.Module):
 def adapters(tmp_path: Path) -> dict[str, str]:
     """Three trained LoRAs of the same base, by name."""
     for seed, name in enumerate(("sft", "dpo", "sql")):
-        model = get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False))
+        model = get_peft_model(llama(2), LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False))
         torch.manual_seed(seed)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -108,7 +101,7 @@ def test_configs_are_saved_loaded_and_made_by_name(tmp_path: Path) -> None:
 
 
 def test_the_second_adapter_is_added_and_activated() -> None:
-    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    model = get_peft_model(llama(2), LoraConfig(target_modules=["q_proj"]))
     model.add_adapter(adapter_name="new_adapter", peft_config=LoraConfig(target_modules=["q_proj"], r=2))
     assert model.active_adapter == "default"
     model.set_adapter("new_adapter")
@@ -118,7 +111,7 @@ def test_the_second_adapter_is_added_and_activated() -> None:
 
 def test_nothing_is_uploaded(adapters: dict[str, str]) -> None:
     """`push_to_hub` must not reach the base model's, which would upload all of it."""
-    model = PeftModel.from_pretrained(llama(), adapters["sft"])
+    model = PeftModel.from_pretrained(llama(2), adapters["sft"])
     for one in (model, LoraConfig()):
         with pytest.raises(ValueError, match=r"uploads nothing[^$]*hf upload me/my-adapter"):
             one.push_to_hub("me/my-adapter", private=True)
@@ -129,7 +122,7 @@ def test_nothing_is_uploaded(adapters: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("init", ["gaussian", False, "pissa", "pissa_niter_4", "olora", "orthogonal"])
 def test_starts_by_name(init: Any) -> None:
-    base = llama()
+    base = llama(2)
     expected = base(IDS).logits
     model = get_peft_model(base, LoraConfig(init_lora_weights=init, r=4))
     close = torch.allclose(model(IDS).logits, expected, atol=1e-4)
@@ -137,21 +130,21 @@ def test_starts_by_name(init: Any) -> None:
 
 
 def test_corda_s_and_eva_s_passes_over_data() -> None:
-    model = llama()
+    model = llama(2)
     config = LoraConfig(init_lora_weights="corda", r=2, corda_config=CordaConfig(corda_method="kpm"))
     preprocess_corda(model, config, run_model=lambda: model(IDS))
     assert get_peft_model(model, config).active_peft_config.corda_config.corda_method == "kpm"
     config = LoraConfig(init_lora_weights="eva", r=2, eva_config=EvaConfig(rho=2.0))
-    model = get_peft_model(llama(), config, low_cpu_mem_usage=True)
+    model = get_peft_model(llama(2), config, low_cpu_mem_usage=True)
     initialize_lora_eva_weights(model, [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}] * 4)
     assert torch.isfinite(model(IDS).logits).all()
 
 
 def test_pissa_is_saved_converted_or_asked_to(tmp_path: Path) -> None:
-    model = get_peft_model(llama(), LoraConfig(init_lora_weights="pissa", r=2, task_type="CAUSAL_LM"))
+    model = get_peft_model(llama(2), LoraConfig(init_lora_weights="pissa", r=2, task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "start")
     model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=tmp_path / "start")
-    loaded = PeftModel.from_pretrained(llama(), tmp_path / "end")
+    loaded = PeftModel.from_pretrained(llama(2), tmp_path / "end")
     torch.testing.assert_close(loaded(IDS).logits, model.eval()(IDS).logits)
 
 
@@ -159,9 +152,9 @@ def test_dora_s_settings_of_the_process(adapters: dict[str, str], tmp_path: Path
     runtime = LoraRuntimeConfig(ephemeral_gpu_offload=True)
     config = LoraConfig(use_dora=True, runtime_config=runtime, task_type="CAUSAL_LM")
     assert "runtime_config" not in config.to_dict()
-    model = get_peft_model(llama(), config)
+    model = get_peft_model(llama(2), config)
     model.save_pretrained(tmp_path / "dora")
-    model = PeftModel.from_pretrained(llama(), tmp_path / "dora", ephemeral_gpu_offload=True)
+    model = PeftModel.from_pretrained(llama(2), tmp_path / "dora", ephemeral_gpu_offload=True)
     model.load_adapter(tmp_path / "dora", "other", ephemeral_gpu_offload=True, torch_device="cpu")
     assert model.base_model.model.model.layers[0].self_attn.q_proj.use_dora == {"default": True, "other": True}
 
@@ -188,13 +181,13 @@ def test_rank_patterns_as_the_guide_reads_them(pattern: dict[str, int], layers: 
 
 def test_layers_are_replicated() -> None:
     config = LoraConfig(layer_replication=[[0, 2], [1, 2]], task_type="CAUSAL_LM")
-    model = get_peft_model(llama(), config)
+    model = get_peft_model(llama(2), config)
     assert len(model.base_model.model.model.layers) == 3
     assert len(model.targeted_module_names) == 6
 
 
 def test_adapters_are_merged_unmerged_weighted_and_unloaded(adapters: dict[str, str]) -> None:
-    model = PeftModel.from_pretrained(llama(), adapters["sft"], adapter_name="sft")
+    model = PeftModel.from_pretrained(llama(2), adapters["sft"], adapter_name="sft")
     sft = model(IDS).logits
     model.merge_adapter()
     model.unmerge_adapter()
@@ -207,11 +200,11 @@ def test_adapters_are_merged_unmerged_weighted_and_unloaded(adapters: dict[str, 
     model.set_adapter("sft-dpo")
     assert not torch.allclose(model(IDS).logits, sft)
     model.delete_adapter("dpo")
-    assert torch.equal(model.unload()(IDS).logits, llama()(IDS).logits)
+    assert torch.equal(model.unload()(IDS).logits, llama(2)(IDS).logits)
 
 
 def test_rows_of_one_batch_have_their_own_adapters(adapters: dict[str, str]) -> None:
-    model = PeftModel.from_pretrained(llama(), adapters["sft"], adapter_name="french")
+    model = PeftModel.from_pretrained(llama(2), adapters["sft"], adapter_name="french")
     model.load_adapter(adapters["dpo"], adapter_name="german")
     rows = IDS[:1].expand(3, -1)
     inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "max_new_tokens": 3, "do_sample": False}
@@ -219,7 +212,7 @@ def test_rows_of_one_batch_have_their_own_adapters(adapters: dict[str, str]) -> 
     for row, name in zip(output, (None, "french", "german"), strict=True):
         model.set_adapter(name or "french")
         one = {**inputs, "input_ids": rows[:1], "attention_mask": torch.ones_like(rows[:1]), "pad_token_id": 0}
-        single = model.get_base_model() if name else llama()
+        single = model.get_base_model() if name else llama(2)
         assert torch.equal(single.generate(**one)[0], row)
     with pytest.raises(ValueError, match="Length of `adapter_names` should be the same as the number of inputs"):
         model(rows, adapter_names=["french"])
@@ -230,19 +223,19 @@ def test_rows_of_one_batch_have_their_own_adapters(adapters: dict[str, str]) -> 
 
 @pytest.mark.parametrize("kind", ["ties", "dare_ties", "dare_linear", "magnitude_prune", "ties_svd"])
 def test_three_adapters_become_one(adapters: dict[str, str], kind: str) -> None:
-    model = PeftModel.from_pretrained(llama(), adapters["sft"], adapter_name="sft")
+    model = PeftModel.from_pretrained(llama(2), adapters["sft"], adapter_name="sft")
     for name in ("dpo", "sql"):
         _ = model.load_adapter(adapters[name], adapter_name=name)
     torch.manual_seed(0)
     model.add_weighted_adapter(list(adapters), [2.0, 1.0, 1.0], "merge", combination_type=kind, density=0.5)
     model.set_adapter("merge")
     assert torch.isfinite(model(IDS).logits).all()
-    assert not torch.equal(model(IDS).logits, llama()(IDS).logits)
+    assert not torch.equal(model(IDS).logits, llama(2)(IDS).logits)
 
 
 def test_adapters_of_different_methods_act_together(adapters: dict[str, str], tmp_path: Path) -> None:
-    get_peft_model(llama(), LoHaConfig(target_modules=["q_proj"], init_weights=False)).save_pretrained(tmp_path / "l")
-    model = PeftMixedModel.from_pretrained(llama(), adapters["sft"])
+    get_peft_model(llama(2), LoHaConfig(target_modules=["q_proj"], init_weights=False)).save_pretrained(tmp_path / "l")
+    model = PeftMixedModel.from_pretrained(llama(2), adapters["sft"])
     model.load_adapter(tmp_path / "l", adapter_name="other")
     lora = model(IDS).logits
     model.set_adapter(["default", "other"])
@@ -293,7 +286,7 @@ def test_functions_for_models_without_a_wrapper() -> None:
 
 
 def test_what_was_adapted_can_be_asked() -> None:
-    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    model = get_peft_model(llama(2), LoraConfig(target_modules=["q_proj"]))
     assert model.targeted_module_names == [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
 
 
@@ -370,8 +363,8 @@ def test_a_file_made_by_hand_loads(tmp_path: Path) -> None:
 
 def test_embeddings_named_as_targets_are_stored_with_the_adapter(tmp_path: Path) -> None:
     targets = ["embed_tokens", "lm_head", "q_proj", "v_proj"]
-    get_peft_model(llama(), LoraConfig(target_modules=targets)).save_pretrained(tmp_path / "auto")
-    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    get_peft_model(llama(2), LoraConfig(target_modules=targets)).save_pretrained(tmp_path / "auto")
+    model = get_peft_model(llama(2), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "asked", save_embedding_layers=True)
     for folder, middle in (("auto", "base_layer."), ("asked", "")):
         names = load_file(tmp_path / folder / "adapter_model.safetensors")
@@ -381,7 +374,7 @@ def test_embeddings_named_as_targets_are_stored_with_the_adapter(tmp_path: Path)
 def test_state_gathered_elsewhere_is_what_is_saved(tmp_path: Path) -> None:
     """`save_pretrained(..., state_dict=accelerator.get_state_dict(model))`, also for starts that are stored converted."""
     for init in (True, "pissa"):
-        model = get_peft_model(llama(), LoraConfig(r=2, init_lora_weights=init, task_type="CAUSAL_LM"))
+        model = get_peft_model(llama(2), LoraConfig(r=2, init_lora_weights=init, task_type="CAUSAL_LM"))
         gathered = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         for name, tensor in gathered.items():
             if "lora_" in name and "start" not in name:
@@ -390,28 +383,28 @@ def test_state_gathered_elsewhere_is_what_is_saved(tmp_path: Path) -> None:
         before = model.eval()(IDS).logits
         model.load_state_dict(gathered)
         assert not torch.allclose(model(IDS).logits, before)
-        torch.testing.assert_close(PeftModel.from_pretrained(llama(), tmp_path)(IDS).logits, model(IDS).logits)
+        torch.testing.assert_close(PeftModel.from_pretrained(llama(2), tmp_path)(IDS).logits, model(IDS).logits)
     del gathered[next(name for name in gathered if "lora_A" in name)]
     with pytest.raises(ValueError, match=r"state_dict: base_model.model.model.layers.0.*lora_A.weight: is missing"):
         model.save_pretrained(tmp_path, state_dict=gathered)
 
 
 def test_an_adapter_is_loaded_again_into_its_place_and_no_other(adapters: dict[str, str], tmp_path: Path) -> None:
-    model = PeftModel.from_pretrained(llama(), adapters["sft"])
-    expected = PeftModel.from_pretrained(llama(), adapters["dpo"])(IDS).logits
+    model = PeftModel.from_pretrained(llama(2), adapters["sft"])
+    expected = PeftModel.from_pretrained(llama(2), adapters["dpo"])(IDS).logits
     model.load_adapter(adapters["dpo"], "default")
     assert torch.equal(model(IDS).logits, expected)
-    get_peft_model(llama(), LoraConfig(r=4, lora_alpha=64)).save_pretrained(tmp_path / "stronger")
-    with pytest.raises(ValueError, match="Adapter with name default already exists"):
+    get_peft_model(llama(2), LoraConfig(r=4, lora_alpha=64)).save_pretrained(tmp_path / "stronger")
+    with pytest.raises(ValueError, match="Adapter with name 'default' already exists"):
         model.load_adapter(tmp_path / "stronger", "default")
     assert torch.equal(model(IDS).logits, expected)
 
 
 @pytest.mark.parametrize("where", ["from_pretrained", "load_adapter", "save_pretrained"])
 def test_arguments_nobody_knows_are_refused(adapters: dict[str, str], where: str) -> None:
-    model = PeftModel.from_pretrained(llama(), adapters["sft"])
+    model = PeftModel.from_pretrained(llama(2), adapters["sft"])
     call = {
-        "from_pretrained": lambda **more: PeftModel.from_pretrained(llama(), adapters["sft"], **more),
+        "from_pretrained": lambda **more: PeftModel.from_pretrained(llama(2), adapters["sft"], **more),
         "load_adapter": lambda **more: model.load_adapter(adapters["sft"], "other", **more),
         "save_pretrained": lambda **more: model.save_pretrained(adapters["sft"], **more),
     }[where]
@@ -420,7 +413,7 @@ def test_arguments_nobody_knows_are_refused(adapters: dict[str, str], where: str
 
 
 def test_half_precision_weights_are_cast_for_a_gradient_scaler() -> None:
-    model = get_peft_model(llama().half(), LoraConfig(), autocast_adapter_dtype=False)
+    model = get_peft_model(llama(2).half(), LoraConfig(), autocast_adapter_dtype=False)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float16}
     cast_mixed_precision_params(model, dtype=torch.float16)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
@@ -436,7 +429,7 @@ def test_the_status_is_printed_as_in_the_guide() -> None:
 
 
 def test_a_whole_model_is_pickled(adapters: dict[str, str]) -> None:
-    model = PeftModel.from_pretrained(llama(), adapters["sft"])
+    model = PeftModel.from_pretrained(llama(2), adapters["sft"])
     assert torch.equal(pickle.loads(pickle.dumps(model))(IDS).logits, model(IDS).logits)
 
 
@@ -444,10 +437,10 @@ def test_a_whole_model_is_pickled(adapters: dict[str, str]) -> None:
 
 
 def test_an_adapter_is_swapped_for_tensors_in_memory(adapters: dict[str, str]) -> None:
-    model = PeftModel.from_pretrained(llama(), adapters["sft"])
+    model = PeftModel.from_pretrained(llama(2), adapters["sft"])
     new = load_peft_weights(adapters["dpo"])
     hotswap_adapter_from_state_dict(model, new, "default", config=LoraConfig.from_pretrained(adapters["dpo"]))
-    assert torch.equal(model(IDS).logits, PeftModel.from_pretrained(llama(), adapters["dpo"])(IDS).logits)
+    assert torch.equal(model(IDS).logits, PeftModel.from_pretrained(llama(2), adapters["dpo"])(IDS).logits)
 
 
 @pytest.mark.parametrize(
@@ -462,7 +455,7 @@ def test_an_adapter_is_swapped_for_tensors_in_memory(adapters: dict[str, str]) -
 def test_any_update_becomes_lora(config: Any, tmp_path: Path) -> None:
     if config.target_modules is None:
         config.target_modules = {"q_proj", "up_proj"}
-    model = get_peft_model(llama(), config)
+    model = get_peft_model(llama(2), config)
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -470,11 +463,11 @@ def test_any_update_becomes_lora(config: Any, tmp_path: Path) -> None:
     expected = model.eval()(IDS).logits
     assert model.supports_lora_conversion()
     lora_config, state = convert_to_lora(model, rank=16)
-    lora = get_peft_model(llama(), lora_config)
+    lora = get_peft_model(llama(2), lora_config)
     set_peft_model_state_dict(lora, state)
     torch.testing.assert_close(lora.eval()(IDS).logits, expected, atol=1e-4, rtol=1e-3)
     save_as_lora(tmp_path / "small", model, rank=0.5)
-    small = PeftModel.from_pretrained(llama(), tmp_path / "small")
+    small = PeftModel.from_pretrained(llama(2), tmp_path / "small")
     assert 1 <= small.peft_config["default"].r < 16
     assert torch.equal(model(IDS).logits, expected), "the model is left as it was"
 
@@ -486,10 +479,10 @@ def test_what_lora_can_not_hold_is_refused() -> None:
         (LoraConfig(bias="all"), "trained biases"),
         (LoraConfig(init_lora_weights="pissa", r=2), "a start taken from the base"),
     ):
-        model = get_peft_model(llama(), config)
+        model = get_peft_model(llama(2), config)
         assert model.supports_lora_conversion() is (why is None)
         if why:
             with pytest.raises(ValueError, match=f"(?i){why}"):
                 convert_to_lora(model, rank=4)
     with pytest.raises(ValueError, match=r"rank: is 1.5"):
-        convert_to_lora(get_peft_model(llama(), LoraConfig()), rank=1.5)
+        convert_to_lora(get_peft_model(llama(2), LoraConfig()), rank=1.5)

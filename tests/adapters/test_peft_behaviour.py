@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftcli import (
     BOFTConfig,
@@ -24,20 +24,7 @@ from peftcli import (
     inject_adapter_in_model,
 )
 from peftcli.adapters.config import PeftConfig
-
-IDS = torch.arange(12).reshape(2, 6)
-X = torch.linspace(-1, 1, 36).reshape(3, 12)
-
-
-def llama(layers: int = 1) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers)).eval()
-
-
-def mlp() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 10), nn.LayerNorm(10), nn.Linear(10, 8)).eval()
+from tests.adapters.small import X, llama, mlp
 
 
 def lora(*targets: str, **options: object) -> LoraConfig:
@@ -216,3 +203,86 @@ def test_one_adapter_with_biases_stands_beside_others_without() -> None:
         assert torch.equal(model(X), bare)
     with pytest.raises(ValueError, match="supports only 1 adapter with bias"):
         model.add_adapter("third", lora("0", bias="all"))
+
+
+@pytest.mark.parametrize("unload", [False, True])
+def test_only_a_list_of_known_adapters_is_merged(unload: bool) -> None:
+    model = get_peft_model(mlp(), lora("0"), "b")
+    merge = model.merge_and_unload if unload else model.merge_adapter
+    with pytest.raises(TypeError, match="should be a list of strings, got 'b'"):
+        merge(adapter_names="b")  # its letters are no names
+    with pytest.raises(ValueError, match="Adapter nope not found"):
+        merge(adapter_names=["nope"])
+    merge(adapter_names=[])
+    bare = mlp()
+    assert torch.equal((model if not unload else model.get_base_model()).state_dict().popitem()[1], bare[2].bias)
+    layer = model.get_base_model()[0]
+    assert torch.equal(getattr(layer, "base_layer", layer).weight, bare[0].weight)
+
+
+def test_merging_more_says_what_is_merged_already() -> None:
+    model = get_peft_model(mlp(), lora("0"))
+    model.add_adapter("other", lora("0"))
+    model.merge_adapter(["other"])
+    with pytest.warns(UserWarning, match="were merged other. You are now additionally merging default"):
+        model.merge_adapter()
+
+
+# -- one layer --------------------------------------------------------------------------------------------------------
+
+
+def test_layers_are_switched_one_by_one() -> None:
+    model = get_peft_model(mlp(), lora("0", "2"))
+    model.add_adapter("other", lora("0", "2"))
+    model.set_adapter("other")
+    both, layer = model(X), model.base_model.model[0]
+    with model.disable_adapter():
+        bare = model(X)
+    for part in (layer, model.base_model.model[2]):
+        part.enable_adapters(False)
+    assert torch.equal(model(X), bare)
+    assert trained(model) == set()
+    for part in (layer, model.base_model.model[2]):
+        part.enable_adapters(True)
+    assert torch.equal(model(X), both)
+    layer.set_adapter("default")
+    assert layer.lora_A["default"].weight.requires_grad and not layer.lora_A["other"].weight.requires_grad
+    assert get_model_status(model).active_adapters == "irregular"
+    layer.set_adapter(["default", "other"], inference_mode=True)
+    assert not any(tensor.requires_grad for name, tensor in layer.named_parameters() if "lora_" in name)
+    expected = layer.get_delta_weight("default")
+    layer.merge(safe_merge=True, adapter_names=["default"])
+    torch.testing.assert_close(layer.weight - mlp()[0].weight, expected)
+    assert layer.fan_in_fan_out is False
+
+
+def test_the_copy_that_answers_is_named() -> None:
+    model = get_peft_model(mlp(), lora("0", modules_to_save=["2"]))
+    assert model.base_model.model[2].active_adapter == ["default"]
+
+
+# -- what means nothing -----------------------------------------------------------------------------------------------
+
+
+def test_an_exclusion_that_means_nothing_is_told_and_a_target_that_is_excluded_is_not(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    model = get_peft_model(mlp(), lora("0", "2", exclude_modules=["2"]))
+    assert model.targeted_module_names == ["0"]
+    assert not recwarn.list
+    for excluded in (["lin"], "lin.*"):
+        with pytest.warns(UserWarning, match=r"exclude_modules: `lin.*` matches no module"):
+            get_peft_model(mlp(), lora("0", exclude_modules=excluded))
+
+
+def test_a_string_of_modules_to_save_is_not_taken_for_its_letters() -> None:
+    with pytest.raises(ValueError, match="modules_to_save: 'score' is not accepted"):
+        get_peft_model(llama(), LoraConfig(task_type="SEQ_CLS", modules_to_save="score"))
+
+
+def test_nothing_is_pushed(tmp_path: Path) -> None:
+    model = get_peft_model(mlp(), lora("0"))
+    model.save_pretrained(tmp_path / "a", push_to_hub=False, max_shard_size="1GB")
+    with pytest.raises(ValueError, match="uploads nothing"):
+        model.save_pretrained(tmp_path / "b", push_to_hub=True)
+    assert not (tmp_path / "b").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from peftcli import (
     IA3Config,
@@ -16,13 +15,7 @@ from peftcli import (
     get_peft_model,
     inject_adapter_in_model,
 )
-
-X = torch.linspace(-1, 1, 36).reshape(3, 12)
-
-
-def base() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8)).eval()
+from tests.adapters.small import X, mlp
 
 
 def lora(*targets: str) -> LoraConfig:
@@ -30,7 +23,7 @@ def lora(*targets: str) -> LoraConfig:
 
 
 def test_status_of_layers_and_model() -> None:
-    model = get_peft_model(base(), lora("0", "2"))
+    model = get_peft_model(mlp(), lora("0", "2"))
     model.add_adapter("other", lora("0"))
     first, second = model.get_layer_status()
     assert (first.name, first.module_type, first.enabled) == ("model.0", "lora.Linear", True)
@@ -49,7 +42,7 @@ def test_status_of_layers_and_model() -> None:
 
 
 def test_what_was_changed_behind_the_model_s_back_is_irregular() -> None:
-    model = get_peft_model(base(), lora("0", "2"))
+    model = get_peft_model(mlp(), lora("0", "2"))
     model.base_model.model[0].disable_adapters = True
     model.base_model.model[2].lora_A["default"].weight.requires_grad_(False)
     status = get_model_status(model)
@@ -60,13 +53,13 @@ def test_what_was_changed_behind_the_model_s_back_is_irregular() -> None:
 
 
 def test_status_without_a_wrapper_and_without_adapters() -> None:
-    assert [layer.name for layer in get_layer_status(inject_adapter_in_model(lora("2"), base()))] == ["2"]
+    assert [layer.name for layer in get_layer_status(inject_adapter_in_model(lora("2"), mlp()))] == ["2"]
     with pytest.raises(ValueError, match="No adapter layers found"):
-        get_layer_status(base())
+        get_layer_status(mlp())
 
 
 def mixed() -> PeftMixedModel:
-    model = get_peft_model(base(), lora("0", "2"), adapter_name="lora", mixed=True)
+    model = get_peft_model(mlp(), lora("0", "2"), adapter_name="lora", mixed=True)
     model.add_adapter("ia3", IA3Config(target_modules=["0"], feedforward_modules=[]))
     with torch.no_grad():
         model.base_model.model[0].ia3_l["ia3"].copy_(torch.linspace(0.5, 2, 10)[:, None])
@@ -76,7 +69,7 @@ def mixed() -> PeftMixedModel:
 def test_methods_compose_in_the_order_they_are_named() -> None:
     model = mixed()
     layer = model.base_model.model[0]
-    inner = base()[0]
+    inner = mlp()[0]
     update = layer.get_delta_weight("lora")
     scale = torch.linspace(0.5, 2, 10)
     model.set_adapter(["lora", "ia3"])
@@ -96,15 +89,15 @@ def test_what_a_mixed_model_refuses() -> None:
         model.save_pretrained("anywhere")
     with pytest.raises(ValueError, match="nobody"):
         model.set_adapter(["lora", "nobody"])
-    plain = get_peft_model(base(), lora("0"))
+    plain = get_peft_model(mlp(), lora("0"))
     with pytest.raises(ValueError, match=r"Cannot combine adapters with different peft types\. Found LORA and IA3"):
         plain.add_adapter("ia3", IA3Config(target_modules=["0"], feedforward_modules=[]))
 
 
 def test_saved_adapters_of_different_methods_meet(tmp_path: object) -> None:
-    get_peft_model(base(), lora("0")).save_pretrained(f"{tmp_path}/lora")
-    get_peft_model(base(), IA3Config(target_modules=["2"], feedforward_modules=[])).save_pretrained(f"{tmp_path}/ia3")
-    model = PeftMixedModel.from_pretrained(base(), f"{tmp_path}/lora")
+    get_peft_model(mlp(), lora("0")).save_pretrained(f"{tmp_path}/lora")
+    get_peft_model(mlp(), IA3Config(target_modules=["2"], feedforward_modules=[])).save_pretrained(f"{tmp_path}/ia3")
+    model = PeftMixedModel.from_pretrained(mlp(), f"{tmp_path}/lora")
     model.load_adapter(f"{tmp_path}/ia3", "ia3")
     model.set_adapter(["default", "ia3"])
     assert isinstance(model, PeftModel)

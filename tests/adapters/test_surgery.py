@@ -6,21 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel
 
 from peftcli import LoraConfig, PeftModel, get_peft_model
+from tests.adapters.small import IDS, llama
 
 RANGES = [[0, 2], [1, 3]]
-IDS = torch.arange(12).reshape(2, 6)
-
-
-def llama(layers: int = 3) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=layers, num_attention_heads=2
-        )
-    ).eval()
 
 
 def config(**options: object) -> LoraConfig:
@@ -30,7 +21,7 @@ def config(**options: object) -> LoraConfig:
 
 
 def test_repeated_layers_share_the_base_and_have_their_own_adapters() -> None:
-    base = llama()
+    base = llama(layers=3)
     before = sum(p.numel() for p in base.parameters())
     model = get_peft_model(base, config())
     layers = base.model.layers
@@ -44,18 +35,18 @@ def test_repeated_layers_share_the_base_and_have_their_own_adapters() -> None:
 
 
 def test_generation_with_a_cache_equals_generation_without() -> None:
-    model = get_peft_model(llama(), config()).eval()
+    model = get_peft_model(llama(layers=3), config()).eval()
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(IDS, use_cache=True, **options), model.generate(IDS, use_cache=False, **options))
 
 
 def test_saved_loaded_unloaded_and_never_merged(tmp_path: Path) -> None:
-    base = llama()
+    base = llama(layers=3)
     expected_base = base(IDS).logits
     model = get_peft_model(base, config()).eval()
     expected = model(IDS).logits
     model.save_pretrained(tmp_path)
-    assert torch.equal(PeftModel.from_pretrained(llama(), tmp_path)(IDS).logits, expected)
+    assert torch.equal(PeftModel.from_pretrained(llama(layers=3), tmp_path)(IDS).logits, expected)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match="base model layers are replicated"):
             merge()
@@ -75,7 +66,7 @@ def test_bert_has_layers_to_replicate_too() -> None:
 
 @pytest.mark.parametrize("ranges", [[[0, 4]], [[2, 2]], [[0, 3]] * 400])
 def test_ranges_outside_the_model_are_refused_and_nothing_changes(ranges: list) -> None:
-    base = llama()
+    base = llama(layers=3)
     with pytest.raises(ValueError, match="layer_replication"):
         get_peft_model(base, LoraConfig(target_modules=["q_proj"], layer_replication=ranges))
     with pytest.raises(ValueError, match="not found"):

@@ -7,22 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from peftcli import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peftcli.adapters.weighted import COMBINATION_TYPES, SVD_TYPES
-
-X = torch.linspace(-1, 1, 36).reshape(3, 12)
-
-
-def base() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8))
+from tests.adapters.small import X, mlp
 
 
 def model_with(*configs: LoraConfig) -> PeftModel:
     """Adapters a0, a1, ... with random tensors."""
-    model = get_peft_model(base(), configs[0], adapter_name="a0")
+    model = get_peft_model(mlp(), configs[0], adapter_name="a0")
     for index, config in enumerate(configs[1:], start=1):
         model.add_adapter(f"a{index}", config)
     torch.manual_seed(1)
@@ -98,7 +91,7 @@ def test_the_new_adapter_is_frozen_saved_and_loaded(tmp_path: Path) -> None:
     model.set_adapter("sum")
     expected = model(X)
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
-    torch.testing.assert_close(PeftModel.from_pretrained(base(), tmp_path / "sum")(X), expected)
+    torch.testing.assert_close(PeftModel.from_pretrained(mlp(), tmp_path / "sum")(X), expected)
 
 
 def test_clamped_factors_stay_inside_their_quantile() -> None:
@@ -131,7 +124,7 @@ def test_what_makes_no_sense_is_refused(options: dict, words: str) -> None:
 
 def test_ia3_vectors_are_summed() -> None:
     config = {"target_modules": ["0", "2"], "feedforward_modules": ["2"]}
-    model = get_peft_model(base(), IA3Config(**config), adapter_name="a0")
+    model = get_peft_model(mlp(), IA3Config(**config), adapter_name="a0")
     model.add_adapter("a1", IA3Config(**config))
     torch.manual_seed(1)
     with torch.no_grad():
@@ -142,3 +135,21 @@ def test_ia3_vectors_are_summed() -> None:
     layer = model.base_model.model[2]
     expected = 0.25 * layer.ia3_l["a0"] + 0.75 * layer.ia3_l["a1"]
     torch.testing.assert_close(layer.ia3_l["sum"], expected)
+
+
+def test_a_small_rank_of_one_module_does_not_bound_the_sum_there() -> None:
+    pattern = {"rank_pattern": {"0": 1}, "init_lora_weights": False}
+    model = model_with(*[LoraConfig(r=3, target_modules=["0"], **pattern) for _ in range(3)])
+    layer = model.base_model.model[0]
+    wanted = sum(layer.get_delta_weight(f"a{index}") for index in range(3))
+    model.add_weighted_adapter(["a0", "a1", "a2"], [1.0, 1.0, 1.0], "sum", combination_type="svd")
+    torch.testing.assert_close(layer.get_delta_weight("sum"), wanted)
+
+
+def test_nothing_and_mixtures_of_targets_are_not_combined() -> None:
+    listed, written = LoraConfig(r=2, target_modules=["0"]), LoraConfig(r=2, target_modules="0|2")
+    model = model_with(listed, written, LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="no adapters to combine"):
+        model.add_weighted_adapter([], [], "none")
+    with pytest.raises(ValueError, match="being a mix of list/set and string is not supported"):
+        model.add_weighted_adapter(["a0", "a1", "a2"], [1.0, 1.0, 1.0], "sum", combination_type="cat")
