@@ -132,7 +132,7 @@ TASKS = {
         },
         metric="eval_span_f1",
     ),
-    "QUESTION_ANS": Row(save_bert, _qa, metric="eval_exact_match"),
+    "QUESTION_ANS": Row(save_bert, _qa, metric="eval_window_exact_match"),
     "FEATURE_EXTRACTION": Row(
         save_bert,
         lambda number: {"anchor": f"{WORDS[number % 12]} runs", "positive": f"the {WORDS[number % 12]} sleeps"},

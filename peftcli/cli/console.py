@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from peftcli.errors import printable
@@ -81,6 +82,19 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     for row in cells:
         grid.add_row(*(Text(cell) for cell in row))
     out().print(grid)
+
+
+def path(full: str | Path, *, home: bool = True) -> str:
+    """A path as a person in the current folder would write it: from there on, or else from `~`, where it lies below.
+
+    Args:
+        home: `~` may stand for the home folder; not in a command that is quoted.
+    """
+    starts = {Path.cwd(): "", **({Path.home(): "~/"} if home else {})}
+    for start, shown in starts.items():
+        if start != Path("/") and start in Path(full).parents:
+            return shown + str(Path(full).relative_to(start))
+    return str(full)
 
 
 def size(count: float) -> str:

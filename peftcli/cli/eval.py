@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from peftcli.cli import console, eval_screens
+from peftcli.cli import eval_options as options
 from peftcli.errors import EXIT_FAILURE, InputError, printable
 
 if TYPE_CHECKING:
@@ -36,66 +35,29 @@ class Options:
 
 
 def command(
-    adapters: Annotated[
-        list[str],
-        typer.Argument(metavar="ADAPTER|RECIPE...", help="Adapter or run folders, trained recipes, or hub ids."),
-    ],
-    data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Data to evaluate on; by default what the run held out.")
-    ] = None,
-    metrics: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES",
-            help="Metrics, separated by commas; by default those of the task: loss,perplexity for a language model.",
-        ),
-    ] = None,
-    regex: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATTERN",
-            help="Adds the metric regex: the pattern is in the answer and, if it has a group, the group holds what it "
-            "holds in the expected answer.",
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES",
-            help="Tasks of lm-evaluation-harness (the extra `eval`), separated by commas: names it knows, its "
-            "YAML files (code beside them may run), or JSONL files with prompt and completion, or prompt, choices and "
-            "answer.",
-        ),
-    ] = None,
-    apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Ask tasks in the form of the tokenizer's chat template.")
-    ] = False,
-    generate: Annotated[bool, typer.Option("--generate", help="Show generated answers, whatever the metrics.")] = False,
-    base: Annotated[str | None, typer.Option(help="Base to use instead of the one the adapter was trained on.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write everything as JSON.")
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Write report.html, report.md with pictures, and results.json."),
-    ] = None,
-    fail_under: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="Exit with 1 if an adapter is worse than this; may be given again."),
-    ] = None,
-    format: Annotated[str | None, typer.Option(help="Format of FILE, if not that of the training data.")] = None,
-    max_samples: Annotated[int | None, typer.Option(min=1, help="Evaluate on at most this many samples.")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest generated answer; by default a little over the longest expected.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch, all adapters together.")] = 32,
+    adapters: options.Adapters,
+    data: options.Data = None,
+    metrics: options.Metrics = None,
+    regex: options.Regex = None,
+    tasks: options.Tasks = None,
+    apply_chat_template: options.ApplyChatTemplate = False,
+    generate: options.Generate = False,
+    base: options.Base = None,
+    output: options.Output = None,
+    report: options.Report = None,
+    fail_under: options.FailUnder = None,
+    format: options.Format = None,
+    max_samples: options.MaxSamples = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    batch_size: options.BatchSize = 32,
 ) -> int:
     """Compare a base model with its adapters, all in one run on the same samples.
 
     The base is loaded once; rows of several adapters share a batch where their
-    methods allow it. A full fine-tuning (method: full) is loaded beside the base. Each difference from the base is shown with its standard
-    error and p, how often chance alone would make one as large: by an exact sign
-    test where answers are right or wrong, by a paired t test elsewhere.
+    methods allow it. A full fine-tuning (method: full) is loaded beside the base.
+    Each difference from the base is shown with its standard error and p, how often
+    chance alone would make one as large: by an exact sign test where answers are
+    right or wrong, by a paired t test elsewhere.
 
     Metrics of tokens: loss, perplexity, token_accuracy.
     Of generated answers: exact_match, contains, regex, rouge_l, f1, qa_em, qa_f1,
@@ -112,35 +74,16 @@ def command(
 
     peft eval out/sql --tasks arc_easy,my_task.jsonl --max-samples 200
     """
-    from peftcli.evaluation.metrics import default_metrics
     from peftcli.evaluation.panel import gather
 
-    if tasks is not None:
-        from peftcli.evaluation.harness import require_harness
-
-        require_harness()
-    if output is not None and not output.parent.is_dir():
-        raise InputError("there is no such folder", place=output.parent, field="--output")
-    if report is not None:
-        from peftcli.report.folder import require_usable
-
-        require_usable(report)
+    _require_usable(tasks, output, report)
     panel = gather(adapters, base)
-    if tasks is not None and panel.task not in ("CAUSAL_LM", "preference"):
-        raise InputError(f"the harness asks language models, not one of {panel.task}", field="--tasks")
-    listed = metrics if metrics is not None or tasks is not None else default_metrics(panel.task)
-    wanted, thresholds = _metrics(_names(listed), regex, fail_under or [])
+    wanted, thresholds = _wanted(panel, metrics, regex, tasks, fail_under or [])
     console.note(f"base {panel.base}")
     _say_whole_models(panel)
-    options = Options(data, format, generate, max_samples, max_new_tokens, batch_size, apply_chat_template)
-    comparison, samples = _compare(panel, wanted, _names(tasks), options)
-    results = {
-        "base": panel.base,
-        "adapters": {column: str(subject.adapter) for column, subject in panel.subjects.items()},
-        "data": (data or "held out by the run") if samples else None,
-        "samples": samples,
-        **comparison.to_dict(),
-    }
+    asked = Options(data, format, generate, max_samples, max_new_tokens, batch_size, apply_chat_template)
+    comparison, samples = _compare(panel, wanted, _names(tasks), asked)
+    results = _results(panel, comparison, data, samples)
     if output is not None:
         from peftcli.report.folder import write_json
 
@@ -154,6 +97,51 @@ def command(
     for sentence in missed:
         console.fail(sentence)
     return EXIT_FAILURE if missed else 0
+
+
+def _require_usable(tasks: str | None, output: Path | None, report: Path | None) -> None:
+    """What can be told before anything is loaded.
+
+    Raises:
+        InputError: lm-evaluation-harness is not installed, or results can't be written where they should be.
+    """
+    if tasks is not None:
+        from peftcli.evaluation.harness import require_harness
+
+        require_harness()
+    if output is not None and not output.parent.is_dir():
+        raise InputError("there is no such folder", place=output.parent, field="--output")
+    if report is not None:
+        from peftcli.report.folder import require_usable
+
+        require_usable(report)
+
+
+def _wanted(
+    panel: Panel, metrics: str | None, regex: str | None, tasks: str | None, fail_under: list[str]
+) -> tuple[dict[str, Metric], dict[str, float]]:
+    """Metrics by name, those of the task unless others were asked for, and thresholds.
+
+    Raises:
+        InputError: an unknown name, a threshold without a number, or the harness's tasks for no language model.
+    """
+    from peftcli.evaluation.metrics import default_metrics
+
+    if tasks is not None and panel.task not in ("CAUSAL_LM", "preference"):
+        raise InputError(f"the harness asks language models, not one of {panel.task}", field="--tasks")
+    listed = metrics if metrics is not None or tasks is not None else default_metrics(panel.task)
+    return _metrics(_names(listed), regex, fail_under)
+
+
+def _results(panel: Panel, comparison: Comparison, data: str | None, samples: int) -> dict[str, Any]:
+    """What `--output` and reports hold."""
+    return {
+        "base": panel.base,
+        "adapters": {column: str(subject.adapter) for column, subject in panel.subjects.items()},
+        "data": (data or "held out by the run") if samples else None,
+        "samples": samples,
+        **comparison.to_dict(),
+    }
 
 
 def _say_whole_models(panel: Panel) -> None:
@@ -195,14 +183,14 @@ def _threshold(text: str, known: dict[str, Metric]) -> tuple[str, float]:
     return name, value
 
 
-def _compare(panel: Panel, metrics: dict[str, Metric], tasks: list[str], options: Options) -> tuple[Comparison, int]:
+def _compare(panel: Panel, metrics: dict[str, Metric], tasks: list[str], asked: Options) -> tuple[Comparison, int]:
     """What came out, and over how many samples of data (none, if there are only tasks)."""
     from peftcli.evaluation.compare import compare
     from peftcli.evaluation.comparison import Comparison
 
     tokenizer = panel.first.tokenizer()
-    samples = _samples(panel, tokenizer, options) if metrics or options.generate or not tasks else None
-    loaded = _load_tasks(tasks, tokenizer, options)
+    samples = _samples(panel, tokenizer, asked) if metrics or asked.generate or not tasks else None
+    loaded = _load_tasks(tasks, tokenizer, asked)
     bench = panel.bench()
     comparison = Comparison(bench.columns[1:], [], [])
     with _progress() as progress:
@@ -212,10 +200,10 @@ def _compare(panel: Panel, metrics: dict[str, Metric], tasks: list[str], options
                 tokenizer,
                 samples,
                 metrics,
-                judge=panel.judge(samples, tokenizer, options.batch_size),
-                generated=options.generate,
-                max_new_tokens=options.max_new_tokens,
-                batch_size=options.batch_size,
+                judge=panel.judge(samples, tokenizer, asked.batch_size),
+                generated=asked.generate,
+                max_new_tokens=asked.max_new_tokens,
+                batch_size=asked.batch_size,
                 bf16=panel.bf16,
                 progress=progress,
             )
@@ -227,9 +215,9 @@ def _compare(panel: Panel, metrics: dict[str, Metric], tasks: list[str], options
                     bench,
                     tokenizer,
                     loaded,
-                    apply_chat_template=options.apply_chat_template,
-                    max_samples=options.max_samples,
-                    batch_size=options.batch_size,
+                    apply_chat_template=asked.apply_chat_template,
+                    max_samples=asked.max_samples,
+                    batch_size=asked.batch_size,
                     progress=progress,
                 )
             )
@@ -238,20 +226,20 @@ def _compare(panel: Panel, metrics: dict[str, Metric], tasks: list[str], options
     return comparison, len(samples) if samples is not None else 0
 
 
-def _samples(panel: Panel, tokenizer: Any, options: Options) -> TokenDataset:
-    samples, warnings = panel.data(tokenizer, options.data, format=options.format, max_samples=options.max_samples)
+def _samples(panel: Panel, tokenizer: Any, asked: Options) -> TokenDataset:
+    samples, warnings = panel.data(tokenizer, asked.data, format=asked.format, max_samples=asked.max_samples)
     for warning in warnings:
         console.note(f"warning: {warning}")
     return samples
 
 
-def _load_tasks(names: list[str], tokenizer: Any, options: Options) -> dict[str, Any]:
+def _load_tasks(names: list[str], tokenizer: Any, asked: Options) -> dict[str, Any]:
     """The harness's tasks, and a word on the form they are asked in."""
     if not names:
         return {}
     from peftcli.evaluation.harness import load_tasks
 
-    if tokenizer.chat_template and not options.apply_chat_template:
+    if tokenizer.chat_template and not asked.apply_chat_template:
         console.note("tasks are asked as plain text; --apply-chat-template asks them as the model was taught to chat")
     return load_tasks(names, tokenizer)
 

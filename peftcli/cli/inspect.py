@@ -16,7 +16,7 @@ from peftcli.inspection.tensors import tensors_summary
 
 
 def command(
-    path: Annotated[Path, typer.Argument(help="Adapter folder, checkpoint, .safetensors file or recipe.")],
+    path: Annotated[Path, typer.Argument(help="Adapter or model folder, checkpoint, .safetensors file or recipe.")],
     base: Annotated[Path | None, typer.Option(help="Folder of the base model, to compare shapes with.")] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     norms: Annotated[bool, typer.Option("--norms", help="Norms of each module's tensors and of its update.")] = False,
@@ -26,7 +26,7 @@ def command(
     diff: Annotated[Path | None, typer.Option(help="Another adapter folder: show what differs.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON value.")] = False,
 ) -> int:
-    """Show what an adapter, checkpoint or recipe holds, and what is wrong with it."""
+    """Show what an adapter, checkpoint, model or recipe holds, and what is wrong with it."""
     kind = kind_of(path)
     if kind != "adapter" and (norms or svd or plot or diff):
         raise InputError("--norms, --svd, --plot and --diff need an adapter's folder", place=path)
@@ -41,6 +41,11 @@ def command(
         summary, errors = tensors_summary(path)
         _show(summary | ({"rows": tensor_rows(path)} if tensors else {}), as_json)
         return _end(errors)
+    if kind == "model":
+        from peftcli.inspection.model import model_rows, model_summary
+
+        _show(model_summary(path) | ({"rows": model_rows(path)} if tensors else {}), as_json)
+        return 0
     audit = audit_folder(path, base=base)
     if diff is not None:
         return _diff(audit, diff, base, as_json)

@@ -13,9 +13,10 @@ MAX_PROBLEMS = 30
 
 
 def show(summary: dict[str, Any]) -> None:
-    """An adapter, a file of tensors or a recipe."""
+    """An adapter, a model, a file of tensors or a recipe."""
     title = f"{summary['kind']} {summary['path']}"
-    lines = {"adapter": _adapter, "tensors": _file, "recipe": lambda recipe: recipe["lines"]}[summary["kind"]](summary)
+    views = {"adapter": _adapter, "model": _model, "tensors": _file, "recipe": lambda recipe: recipe["lines"]}
+    lines = views[summary["kind"]](summary)
     console.facts(printable(title), [(name, printable(value)) for name, value in lines.items() if value])
     if summary.get("targets"):
         _rows(
@@ -82,6 +83,17 @@ def _adapter(summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _model(summary: dict[str, Any]) -> dict[str, Any]:
+    classes = summary["architectures"]
+    return {
+        "model": summary["model_type"],
+        "class": ", ".join(map(str, classes)) if isinstance(classes, list) else None,
+        "trained": f"in full, from {summary['base']}" if summary["base"] else None,
+        **_file(summary),
+        "training": _training(summary["training"]),
+    }
+
+
 def _targets(targets: list[str] | str | None) -> str | None:
     """Names as given, or, where whole paths are given, their last parts."""
     if not isinstance(targets, list):
@@ -125,7 +137,9 @@ def _training(facts: dict[str, Any]) -> str | None:
     parts = [
         f"{name} {facts[name]}" for name in ("step", "epoch", "tokens", "best_step") if facts.get(name) is not None
     ]
-    parts += [f"{name} {facts[name][0]:.4g} -> {facts[name][1]:.4g}" for name in ("loss", "eval_loss") if name in facts]
+    for name in ("loss", "eval_loss"):
+        if name in facts:
+            parts.append(f"{name} " + " -> ".join(dict.fromkeys(f"{value:.4g}" for value in facts[name])))
     if "unreadable" in facts:
         parts.append(facts["unreadable"])
     return ", ".join(parts) or None

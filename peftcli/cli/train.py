@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand
 
 from peftcli.cli import console
+from peftcli.cli import train_options as options
 from peftcli.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -46,53 +48,35 @@ def _sweep_repeated(args: list[str]) -> Iterator[str]:
 COMMAND_CLASS = WithLauncherArguments
 
 
+@dataclass(frozen=True)
+class Switches:
+    """What one run and a sweep are asked alike."""
+
+    overwrite: bool
+    audit: bool
+    as_json: bool
+
+    def typed(self) -> list[str]:
+        """As on the command line."""
+        typed = {"--overwrite": self.overwrite, "--no-audit": not self.audit, "--json": self.as_json}
+        return [name for name, on in typed.items() if on]
+
+
 def command(
     ctx: typer.Context,
-    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A YAML file.")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[FIELD=VALUE]... [-- LAUNCHER ARGUMENTS]",
-            help="Values laid over the recipe's, as in `training.learning_rate=1e-4`; `~quantization` takes one out.",
-        ),
-    ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Only check the recipe: needs no torch.")] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Do everything up to training, show tokens and memory; write no run folder."),
-    ] = False,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the recipe's JSON schema, for editors.")] = False,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the resolved recipe, defaults and all.")
-    ] = False,
-    resume: Annotated[
-        str | None, typer.Option(metavar="auto|DIR", help="Continue from the newest valid checkpoint, or from DIR.")
-    ] = None,
-    output_dir: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Run folder, instead of the recipe's training.output_dir.")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what an earlier run left in the run folder.")
-    ] = False,
-    no_audit: Annotated[
-        bool, typer.Option("--no-audit", help="Train even on data that the audit would refuse.")
-    ] = False,
-    emit: Annotated[
-        str | None,
-        typer.Option(
-            metavar="commands|slurm",
-            help="Print what to start on each machine, a line for each, or a script for sbatch; then stop.",
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Write the result as one JSON value to stdout.")] = False,
-    sweep: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FIELD=VALUE,VALUE...",
-            help="Run every combination of these values, one after another, and compare them; finished runs are kept, "
-            "interrupted ones continued.",
-        ),
-    ] = None,
+    recipe: options.RecipeFile = None,
+    overrides: options.Overrides = None,
+    check: options.Check = False,
+    dry_run: options.DryRun = False,
+    schema: options.Schema = False,
+    print_config: options.PrintConfig = False,
+    resume: options.Resume = None,
+    output_dir: options.OutputDir = None,
+    overwrite: options.Overwrite = False,
+    no_audit: options.NoAudit = False,
+    emit: options.Emit = None,
+    as_json: options.AsJson = False,
+    sweep: options.Sweep = None,
 ) -> int:
     """Train an adapter as a recipe says. Everything is checked, and the data tokenised, before any process starts.
 
@@ -109,22 +93,15 @@ def command(
         raise InputError("name a recipe", fix="peft train RECIPE.yaml")
     if overwrite and resume:
         raise InputError("--overwrite and --resume ask for opposite things")
-    changes = list(overrides or [])
-    changes += [f"training.output_dir={json.dumps(output_dir)}"] if output_dir is not None else []
-    changes += [f"training.resume_from_checkpoint={json.dumps(resume)}"] if resume is not None else []
+    switches = Switches(overwrite=overwrite, audit=not no_audit, as_json=as_json)
+    changes = [*(overrides or []), *_as_overrides(output_dir=output_dir, resume_from_checkpoint=resume)]
     extra = ctx.meta.get(LAUNCHER_ARGUMENTS, [])
     if sweep:
         if resume or print_config:
             raise InputError(f"--sweep does not go with {'--resume' if resume else '--print-config'}", fix=SWEEP_ADVICE)
-        from peftcli.cli import train_sweep
-
-        asked = train_sweep.Request(
-            recipe, changes, sweep, extra, overwrite=overwrite, audit=not no_audit, as_json=as_json
+        return _sweep(
+            recipe, changes, sweep, extra, switches, stop="check" if check else "rehearse" if dry_run else None
         )
-        if check or dry_run:
-            (train_sweep.check if check else train_sweep.rehearse)(asked)
-            return 0
-        return train_sweep.run(asked)
 
     from peftcli.recipe import yaml12
     from peftcli.recipe.load import build, dump_recipe, placed, read_tree
@@ -136,21 +113,31 @@ def command(
     elif check:
         _say_checked(recipe, loaded, as_json)
     elif emit is not None:
-        switches = {"--overwrite": overwrite, "--no-audit": no_audit, "--json": as_json}
-        _emit(
-            emit,
-            loaded,
-            ["peft", "train", str(recipe), *changes, *(name for name, on in switches.items() if on)],
-            extra,
-        )
+        _emit(emit, loaded, ["peft", "train", str(recipe), *changes, *switches.typed()], extra)
     else:
         from peftcli.cli import train_run
 
-        request = train_run.Request(
-            loaded, str(recipe), overrides or [], extra, overwrite=overwrite, audit=not no_audit, as_json=as_json
-        )
+        request = train_run.Request(loaded, str(recipe), overrides or [], extra, **asdict(switches))
         with placed(tree):
             (train_run.rehearse if dry_run else train_run.run)(request)
+    return 0
+
+
+def _as_overrides(**fields: str | None) -> Iterator[str]:
+    """Options that stand for a field of `training`."""
+    return (f"training.{name}={json.dumps(value)}" for name, value in fields.items() if value is not None)
+
+
+def _sweep(
+    recipe: Path, changes: list[str], grid: list[str], extra: list[str], switches: Switches, stop: str | None
+) -> int:
+    """Every run of a grid, or what comes before them."""
+    from peftcli.cli import train_sweep
+
+    asked = train_sweep.Request(recipe, changes, grid, extra, **asdict(switches))
+    if stop is None:
+        return train_sweep.run(asked)
+    (train_sweep.check if stop == "check" else train_sweep.rehearse)(asked)
     return 0
 
 

@@ -77,19 +77,22 @@ def show_result(recipe: Recipe, result: RunResult) -> None:
             "speed",
             f"{result.tokens / max(result.seconds, 1e-9):,.0f} tokens/s, peak memory {console.size(result.memory)}",
         ),
-        ("model" if recipe.adapter.method == FULL else "adapter", result.folder),
+        ("model" if recipe.adapter.method == FULL else "adapter", console.path(result.folder)),
         ("verified", result.verified),
-        ("losses", result.plot),
+        ("losses", console.path(result.plot) if result.plot else None),
     ]
     console.say()
     console.facts("done", rows)
-    inspect = None if recipe.adapter.method == FULL else f"peft inspect {result.folder}"
-    console.facts("next", [("", f"peft eval {result.folder}"), ("", inspect)])
+    folder = shlex.quote(console.path(result.folder, home=False))
+    console.facts("next", [("", f"peft eval {folder}"), ("", f"peft inspect {folder}")])
 
 
 def _model(setup: Setup) -> Iterator[tuple[str, str]]:
     recipe, outline = setup.request.recipe, setup.outline
-    yield "base", f"{recipe.model.name_or_path}, {count(outline.parameters)} parameters in {outline.dtype}"
+    yield (
+        "base",
+        f"{console.path(recipe.model.name_or_path)}, {count(outline.parameters)} parameters in {outline.dtype}",
+    )
     yield "adapter", method_line(recipe)
     if outline.adapted:
         yield "targets", f"{outline.adapted} modules (the base has {outline.linear} linear ones)"
@@ -113,8 +116,10 @@ def _data(setup: Setup) -> Iterator[tuple[str, str]]:
         form = f"{source.format}, " + ("chat template" if source.templated else "plain text")
         if task_of(setup.request.recipe) not in ("CAUSAL_LM", "preference"):
             form = source.format
-        yield "from", f"{source.path} ({form}, {source.rows:,} rows)"
-    yield "cache", setup.prepared.cache
+        yield "from", f"{console.path(source.path)} ({form}, {source.rows:,} rows)"
+    if setup.prepared.cache:
+        said, _, where = setup.prepared.cache.rpartition(" ")
+        yield "cache", f"{said} {console.path(where)}"
 
 
 def _part(part: PartReport) -> str:
@@ -138,9 +143,9 @@ def _plan(setup: Setup) -> Iterator[tuple[str, str]]:
     yield "rate", f"{training.learning_rate:g}, {training.lr_scheduler_type}, {training.optim}"
     kept = "all kept" if training.save_total_limit is None else f"{training.save_total_limit} kept"
     yield "save", _when(training.save_strategy, training.save_steps) + f", {kept}"
-    if setup.prepared.eval is not None:
-        yield "evaluate", _when(training.eval_strategy, training.eval_steps)
-    yield "output", training.output_dir
+    evaluated = _when(training.eval_strategy, training.eval_steps)
+    yield "evaluate", evaluated if setup.prepared.eval is not None else "never: data.eval is not set"
+    yield "output", console.path(training.output_dir)
     if setup.command is not None:
         assignments = [f"{name}={value}" for name, value in setup.command.environment.items()]
         yield "command", shlex.join([*assignments, *setup.command.argv])

@@ -32,6 +32,10 @@ def check_path(path: Path, kind: str, base: Path | None) -> dict[str, Any]:
         elif kind == "tensors":
             summary, _ = tensors_summary(path)
             result["problems"] = summary["errors"] + summary["doubts"]
+        elif kind == "model":
+            from peftcli.inspection.model import model_problems
+
+            result["problems"] = model_problems(path)
         else:
             audit = audit_folder(path, base=base)
             result["problems"] = [str(problem) for problem in audit.errors + audit.doubts] + _damage(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.adapters.audit import Audit
-from peftcli.adapters.config import PeftConfig, TunerConfig
+from peftcli.adapters.config import CONFIG_NAME, PeftConfig, TunerConfig
 from peftcli.adapters.fit import Fit
 from peftcli.adapters.header import TensorFile, read_header
 from peftcli.adapters.pickle_header import read_pickle_header
@@ -16,8 +16,11 @@ from peftcli.adapters.targets import layer_index
 from peftcli.errors import InputError
 from peftcli.inspection.training import training_facts
 
+MODEL_CONFIG = "config.json"
+WHOLE_CHECKPOINT = "trainable.safetensors"
+"""In a checkpoint of a run that trains every weight."""
 SUFFIXES = {".yaml": "recipe", ".yml": "recipe", ".safetensors": "tensors", ".bin": "tensors"}
-ALLOWED = "an adapter's directory, a .safetensors file or a recipe (.yaml)"
+ALLOWED = "an adapter's or a model's directory, a .safetensors file or a recipe (.yaml)"
 
 SHOWN_ELSEWHERE = frozenset(
     {
@@ -124,14 +127,15 @@ def _scaling(fit: Fit) -> float:
 
 
 def kind_of(path: Path) -> str:
-    """What a path is to be inspected as: `adapter` (a folder), `recipe` or `tensors` (a bare file).
+    """What a path is to be inspected as: `adapter` or `model` (folders), `recipe` or `tensors` (bare files).
 
     Raises:
         InputError: if there is nothing there.
     """
     try:
         if path.is_dir():
-            return "adapter"
+            is_model = any((path / name).is_file() for name in (MODEL_CONFIG, WHOLE_CHECKPOINT))
+            return "model" if is_model and not (path / CONFIG_NAME).exists() else "adapter"
         if not path.exists() and not path.is_symlink():
             raise InputError("does not exist", place=path, allowed=ALLOWED)
     except (OSError, ValueError) as error:

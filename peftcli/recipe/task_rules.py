@@ -18,7 +18,7 @@ TASK_METRICS: dict[str, tuple[str, ...]] = {
     "SEQ_2_SEQ_LM": ("eval_loss", "eval_token_accuracy"),
     "SEQ_CLS": ("eval_loss", "eval_accuracy", "eval_macro_f1"),
     "TOKEN_CLS": ("eval_loss", "eval_token_accuracy", "eval_span_f1"),
-    "QUESTION_ANS": ("eval_loss", "eval_exact_match", "eval_f1"),
+    "QUESTION_ANS": ("eval_loss", "eval_window_exact_match", "eval_window_f1"),
     "FEATURE_EXTRACTION": ("eval_loss", "eval_accuracy"),
 }
 """What the evaluation of each task gives; of `eval_loss` less is better, of the others more."""

@@ -102,8 +102,8 @@ class TrainingSection(Section):
         "eval_accuracy",
         "eval_macro_f1",
         "eval_span_f1",
-        "eval_exact_match",
-        "eval_f1",
+        "eval_window_exact_match",
+        "eval_window_f1",
         "eval_margin",
     ] = "eval_loss"
     """What decides which checkpoint is the best; each task gives some of these."""

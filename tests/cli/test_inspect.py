@@ -66,6 +66,29 @@ def test_json(inspect: Any, tmp_path: Path) -> None:
     assert (summary["errors"], summary["doubts"]) == ([], [])
 
 
+def test_a_model_and_a_checkpoint_of_a_full_run(inspect: Any, tmp_path: Path) -> None:
+    """What `method: full` leaves has no adapter_config.json."""
+    run = write_base(tmp_path / "run", architectures=["LlamaForCausalLM"])
+    recipe = {"model": {"name_or_path": "the/base"}, "adapter": {"method": "full"}, "data": {"train": "x.jsonl"}}
+    (run / "recipe.yaml").write_text(json.dumps(recipe | {"training": {"output_dir": str(run)}}))
+    (run / "log.jsonl").write_text('{"step": 5, "loss": 2.5}\n{"step": 9, "loss": 1.25}\n')
+    shown = inspect(run)
+    assert (shown.code, shown.errors) == (0, "")
+    for part in ("LlamaForCausalLM", "in full, from the/base", "1,856", "10 tensors (10 F32)", "loss 2.5 -> 1.25"):
+        assert part in shown.text
+    assert len(inspect(run, "--json", "--tensors").json["rows"]) == 10
+    assert inspect(run, "--check").code == 0
+
+    checkpoint = run / "checkpoint-5"
+    checkpoint.mkdir()
+    (run / "model.safetensors").rename(checkpoint / "trainable.safetensors")
+    assert "in full, from the/base" in inspect(checkpoint).text
+    assert "no safetensors files of a model" in inspect(run).errors
+    (checkpoint / "trainable.safetensors").write_bytes(safetensors({"lm_head.weight": filled(float("nan"), 4, 4)}))
+    bad = inspect(checkpoint, "--check")
+    assert bad.code == 1 and "lm_head.weight: holds 16 values that are NaN or infinite" in bad.text
+
+
 def test_patterns_show_in_the_scaling(inspect: Any, tmp_path: Path) -> None:
     shown = inspect(write_adapter(tmp_path, alpha_pattern={"q_proj": 4}, use_rslora=True))
     assert "scaling 2 to 4" in shown.text

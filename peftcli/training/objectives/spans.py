@@ -39,7 +39,7 @@ class SpanLoss(Objective):
     def metrics(self, sums: Sequence[float]) -> dict[str, float]:
         """By positions, each window of a long context by itself; `peft eval` compares texts of questions, as SQuAD does."""
         _, count, exact, f1 = sums
-        return {**super().metrics(sums), "eval_exact_match": exact / count, "eval_f1": f1 / count}
+        return {**super().metrics(sums), "eval_window_exact_match": exact / count, "eval_window_f1": f1 / count}
 
 
 def span_logits(outputs: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
