@@ -6,8 +6,11 @@ Ratios within one process, base and adapters in turn, so that a change of load h
 from __future__ import annotations
 
 import argparse
+import copy
+import gc
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -17,6 +20,9 @@ from benchmarks.harness import Row, Subject, module, report
 from benchmarks.training import prepare
 
 ADAPTERS = 16
+TURNS = 5
+"""Of the second adapter and the last."""
+
 OVERHEAD, GROWTH = module("ours", "serving", "--what", "overhead"), module("ours", "serving", "--what", "growth")
 RIVAL_GROWTH = module("rival", "serving", "--what", "growth")
 
@@ -65,24 +71,35 @@ def overhead(library: Any, base: Any) -> None:
 
 
 def growth(library: Any, base: Any) -> None:
-    """Attach and load adapters one after another."""
-    model = library.get_peft_model(base, config(library))
-    attach, load, save = [], [], []
+    """The second adapter of one model and the last of another, in turn: attached, saved, deleted, loaded, deleted.
+
+    Measured one after the other as a model fills up, the two ends would meet the machine under different loads, and
+    Python's full garbage collection, as long as two saves, would fall on whichever call it is due in. It runs before
+    each call here, outside the time.
+    """
+    few, many = (library.get_peft_model(model, config(library)) for model in (base, copy.deepcopy(base)))
+    for number in range(2, ADAPTERS):
+        many.add_adapter(f"n{number}", config(library))
+    seconds: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        for number in range(1, ADAPTERS):
-            attach.append(timed(lambda: model.add_adapter(f"n{number}", config(library))))  # noqa: B023
-            save.append(timed(lambda: model.save_pretrained(f"{folder}/out", selected_adapters=[f"n{number}"])))  # noqa: B023
-        for number in range(1, ADAPTERS):
-            model.delete_adapter(f"n{number}")
-        for number in range(1, ADAPTERS):
-            load.append(timed(lambda: model.load_adapter(folder, f"m{number}")))  # noqa: B023
-    report(
-        attach=median(attach[-3:]) / median(attach[:3]),
-        load=median(load[-3:]) / median(load[:3]),
-        save=median(save[-3:]) / median(save[:3]),
-        load_seconds=median(load[-3:]),
-    )
+        few.save_pretrained(folder)
+        for _ in range(TURNS + 1):
+            for size, model in (("few", few), ("many", many)):
+                for what, work in (
+                    ("attach", lambda: model.add_adapter("last", config(library))),  # noqa: B023
+                    ("save", lambda: model.save_pretrained(f"{folder}/out", selected_adapters=["last"])),  # noqa: B023
+                    ("delete", lambda: model.delete_adapter("last")),  # noqa: B023
+                    ("load", lambda: model.load_adapter(folder, "last")),  # noqa: B023
+                    ("delete", lambda: model.delete_adapter("last")),  # noqa: B023
+                ):
+                    gc.collect()
+                    seconds[f"{what} {size}"].append(timed(work))
+    turns = {name: values[1:] for name, values in seconds.items()}  # the first calls import, and fill caches
+    grown = {
+        what: median(b / a for a, b in zip(turns[f"{what} few"], turns[f"{what} many"], strict=True))
+        for what in ("attach", "save", "load")
+    }
+    report(**grown, load_seconds=median(turns["load many"]))
 
 
 def config(library: Any) -> Any:

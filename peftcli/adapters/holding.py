@@ -125,12 +125,6 @@ class TensorHolder(nn.Module):
         adapter.context, adapter.training = self.context, self.training
         self.adapters[name] = adapter
 
-    def train(self, mode: bool = True) -> TensorHolder:
-        """Switch to training (True) or evaluation; the adapters are told."""
-        for adapter in self.adapters.values():
-            adapter.training = mode
-        return super().train(mode)
-
     def follow(self, name: str, adapter: Adapter, leader: TensorHolder) -> None:
         """Give the layer an adapter whose tensors are those of another layer: the two share their weight."""
         names = {slot.head.partition(".")[0] for slot, _ in leader.own_tensors(name)}

@@ -48,6 +48,17 @@ class AdapterLayer(PeftNames, TensorHolder):
         self._originals: dict[str, nn.Parameter | None] = {}
         self.train(site.module.training)
 
+    def train(self, mode: bool = True) -> AdapterLayer:
+        """Switch module and adapters to training (True) or evaluation.
+
+        Not what holds the adapters' tensors, which does the same in both: its modules grow with the adapters.
+        """
+        for adapter in self.adapters.values():
+            adapter.training = mode
+        self.training = mode
+        self.base_layer.train(mode)
+        return self
+
     def leader(self, name: str) -> AdapterLayer | None:
         """The layer whose tensors an adapter uses here, or None where it has its own."""
         return self._leaders.get(name)

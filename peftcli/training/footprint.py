@@ -29,7 +29,7 @@ from peftcli.training.model import open_base
 from peftcli.training.optimizers import build_optimizer
 from peftcli.training.outline import adapted
 from peftcli.training.quantized import quantized_bytes
-from peftcli.training.sparing import sparing
+from peftcli.training.sparing import kept_activations
 from peftcli.training.strategies.fsdp import find_layers
 from peftcli.training.unpadded import Unpadded
 
@@ -173,11 +173,11 @@ def footprint(
         held = [*model.parameters(), *model.buffers()]
         adapter = 0 if recipe.adapter.config is None else _bytes(held) - base_bytes
         vocabulary = base.config.get_text_config().vocab_size
-        if recipe.training.gradient_checkpointing:
+        checkpointing = recipe.training.gradient_checkpointing
+        if checkpointing:
             checkpoint_activations(model)
-        spares = not recipe.training.gradient_checkpointing and sharded_over == 1
         step, attention = LiveBytes(held, vocabulary), Unpadded(model)
-        with step, sparing(model) if spares else nullcontext():
+        with step, kept_activations(model, checkpointing=checkpointing, sharded=sharded_over > 1):
             loss = _loss(model, train, recipe.training, attention)
             forward = step.from_heap
             loss.backward()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from peftcli.training.progress import peak_memory
 from peftcli.training.reports import Outcome, StepReport
 from peftcli.training.schedule import total_steps
 from peftcli.training.signals import Interrupted
-from peftcli.training.sparing import sparing
+from peftcli.training.sparing import kept_activations
 from peftcli.training.strategies.plain import Strategy
 
 
@@ -121,7 +120,6 @@ class Trainer:
         )
 
     def _prepare(self) -> None:
-        self._spares = not (self.settings.gradient_checkpointing or self.strategy.shards_base)
         if self.settings.gradient_checkpointing:
             checkpoint_activations(self.model)
         self.adapters = attached_to(user_model(self.model))
@@ -161,7 +159,8 @@ class Trainer:
             self.model.train()
             self._logged_at, self._logged_tokens = time.perf_counter(), self.progress.tokens
             self._began = self._logged_at - self.progress.seconds
-            with sparing(self.model) if self._spares else nullcontext():
+            checkpointing, sharded = self.settings.gradient_checkpointing, self.strategy.shards_base
+            with kept_activations(self.model, checkpointing=checkpointing, sharded=sharded):
                 for window in self._remaining_windows():
                     signal_number = self._step(window)
                     self._after_step(signal_number)

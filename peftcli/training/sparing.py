@@ -8,7 +8,7 @@ backward pass a norm's weight need not be there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +19,17 @@ from peftcli.adapters.remade import remade
 
 ACTIVATIONS = (nn.SiLU, nn.GELU, nn.ReLU, nn.Tanh)
 """torch's own; transformers' are known by where they come from."""
+
+
+def kept_activations(model: nn.Module, *, checkpointing: bool, sharded: bool) -> AbstractContextManager[None]:
+    """Inside, passes of `model` keep what a run's do.
+
+    Args:
+        model: what is trained.
+        checkpointing: whole layers are run again in the backward pass, their norms and activations with them.
+        sharded: processes share the base.
+    """
+    return nullcontext() if checkpointing or sharded else sparing(model)
 
 
 @contextmanager

@@ -258,6 +258,18 @@ def test_deleting_the_active_adapter_activates_the_next() -> None:
     assert model.active_adapters == ["other"]
 
 
+def test_a_change_of_mode_reaches_module_and_adapters_but_not_their_tensors() -> None:
+    """The holders of tensors grow with the adapters, and walking through them made the n-th load slower."""
+    model = get_peft_model(llama(), lora(lora_dropout=0.5))
+    model.add_adapter("other", lora(lora_dropout=0.5))
+    layer = model.eval().base_model.model.model.layers[0].self_attn.q_proj
+    assert not layer.training and not layer.base_layer.training
+    assert not any(adapter.training for adapter in layer.adapters.values())
+    assert layer.lora_A["default"].training  # as it was made
+    model.train()
+    assert layer.training and layer.base_layer.training and all(a.training for a in layer.adapters.values())
+
+
 @pytest.mark.parametrize("name", ["a.b", ""])
 def test_names_that_would_break_keys_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="adapter name"):
