@@ -1,4 +1,4 @@
-"""Run by torchrun in test_fsdp.py: how much of a base two processes hold while it is loaded, adapted and sharded."""
+"""Run by torchrun in test_shared_base.py: how much of a base two processes hold while it is loaded, adapted and sharded."""
 
 from __future__ import annotations
 
@@ -45,8 +45,7 @@ class Peak(threading.Thread):
 
 def main(folder: Path) -> None:
     found = {}
-    runs = sorted(path for path in folder.iterdir() if path.is_dir())
-    for run in (runs[0], *runs):  # the first time, what loads and trains is itself loaded
+    for run in sorted(path for path in folder.iterdir() if path.is_dir()):
         recipe = load_recipe(run / "recipe.yaml", check_paths=False)
         strategy = make_strategy(recipe, run)
         peak = Peak()

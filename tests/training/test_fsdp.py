@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,6 @@ import pytest
 from peftcli.errors import RunError
 from peftcli.training import worker
 from peftcli.training.strategies.fsdp import FullyShardedDataParallel
-from training.run_folders import prepare_run, save_base
 from training.side_by_side import (
     DDP,
     FSDP,
@@ -20,7 +17,6 @@ from training.side_by_side import (
     assert_equal,
     assert_same_end,
     copy_checkpoint,
-    in_two_processes,
     run_in_two,
     save_bases,
 )
@@ -128,29 +124,6 @@ def test_every_kind_of_method_equals_one_process(bases: dict[str, Path], tmp_pat
         row.prepare_alone(tmp_path / f"{name}-one", bases[row.base])
         worker.run(tmp_path / f"{name}-one")
         assert_equal(tmp_path / f"{name}-one", tmp_path / name)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_no_process_holds_more_of_a_base_than_it_keeps(tmp_path: Path) -> None:
-    """Half of it and a layer; one that is converted is held whole by the one process that converts it."""
-    base = save_base(
-        tmp_path / "base", hidden_size=1024, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8
-    )
-    size = (base / "model.safetensors").stat().st_size
-    runs = tmp_path / "runs"
-    row = Row(LORA)
-    row.prepare(runs / "stored", base, FSDP)
-    row.prepare(runs / "whole", base, DDP)
-    prepare_run(runs / "converted", base, LORA, launcher=FSDP, dtype="bfloat16")
-    in_two_processes("memory_ranks.py", runs)
-    first, second = (json.loads((runs / f"memory-{rank}.json").read_text()) for rank in (0, 1))
-    for rank in (first, second):
-        assert rank["whole"]["peak"] > 0.95 * size, "the measure sees a whole base"
-        assert rank["stored"]["peak"] < 0.75 * size
-        assert rank["stored"]["held"] < 0.65 * size
-        assert rank["converted"]["held"] < 0.65 * size / 2
-    assert second["converted"]["peak"] < 0.75 * size / 2
-    assert first["converted"]["peak"] < 1.5 * size / 2
 
 
 def test_one_process_without_a_launcher_is_refused() -> None:

@@ -12,8 +12,9 @@ rows, as many times as a process has labels, and hooks that gather must fire in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: TID253
@@ -22,7 +23,7 @@ from torch import Tensor, nn  # noqa: TID253
 from peftcli.adapters.engine import base_modules, user_model
 from peftcli.errors import InputError, RunError
 from peftcli.launchers.deepspeed import OTHER
-from peftcli.training.model import load_base
+from peftcli.training.shared_base import load_mapped, return_freed_blocks
 from peftcli.training.strategies.deepspeed import DeepSpeed, all_on_cpu, quietly
 from peftcli.training.strategies.fsdp import base_parameters
 from peftcli.training.strategies.plain import MakeOptimizer
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftcli.recipe.schema import ModelSection, QuantizationSection
+    from peftcli.recipe.training_section import TrainingSection
 
 
 class ZeRO3(DeepSpeed):
@@ -42,9 +44,16 @@ class ZeRO3(DeepSpeed):
     _ends: list[Any]
     """Of embeddings and head, what is whole during a pass."""
 
+    def __init__(
+        self, settings: TrainingSection, config: Mapping[str, Any] | None = None, *, project_dir: Path | None = None
+    ) -> None:
+        super().__init__(settings, config, project_dir=project_dir)
+        self.scratch = project_dir.parent if project_dir else Path()
+        return_freed_blocks()
+
     def load_base(self, model: ModelSection, quantization: QuantizationSection | None) -> PreTrainedModel:
-        # In main memory: initialisers read whole weights, and `_initialize` then moves one after the other to the device.
-        return load_base(model, quantization, device="cpu")
+        # In main memory: initialisers read weights before they are sharded, and they go to the device one by one.
+        return load_mapped(model, quantization, self.scratch)
 
     def prepare(
         self, model: nn.Module, loss: nn.Module, make_optimizer: MakeOptimizer, *, keep_gradients: bool = False
@@ -95,7 +104,7 @@ class ZeRO3(DeepSpeed):
         import deepspeed
 
         with quietly():
-            deepspeed.zero.Init(module=module, config_dict_or_path=dict(self.config), dtype=torch.float32)
+            deepspeed.zero.Init(module=_OneByOne(module), config_dict_or_path=dict(self.config), dtype=torch.float32)
         for buffer in module.buffers():
             buffer.data = buffer.data.to(self.accelerator.device)
         return super()._initialize(module, **arguments)
@@ -187,6 +196,23 @@ class ZeRO3(DeepSpeed):
 
         super()._destroy()
         parameter_offload.FWD_MODULE_STACK.clear()  # else it would keep the model
+
+
+class _OneByOne(nn.Module):
+    """Gives a module's parameters each in memory of its own, when its turn has come.
+
+    DeepSpeed overwrites each by the first process's, then cuts it up: that would copy every page of a mapped file,
+    and no page can go before the whole file can.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        for parameter in super().parameters(recurse):
+            parameter.data = parameter.data.clone()
+            yield parameter
 
 
 def require_dense(model: nn.Module) -> None:
