@@ -157,6 +157,9 @@ def _show_memory(plan: MemoryPlan | None) -> None:
         return
     rows = [(name, console.size(size)) for name, size in plan.rows()]
     console.facts(f"memory on {plan.device}", [*rows, ("available", console.size(plan.available))])
+    if moved := [(name, console.size(size)) for name, size in plan.offloaded_rows()]:
+        available = console.size(plan.available_main or 0)
+        console.facts("main memory", [*moved, ("available", available)])
     if not plan.fits:
         console.say(
             "  note  this may not fit: lower per_device_train_batch_size or data.max_length, or set gradient_checkpointing",

@@ -80,10 +80,10 @@ def resolve(recipe: Recipe, processes: int) -> dict[str, Any]:
     if launcher.type == "deepspeed":
         from peftcli.launchers import deepspeed
 
-        return deepspeed.completed(read_strict_json(path), recipe, processes, place=path)
+        return deepspeed.completed(_file(recipe), recipe, processes, place=path)
     from peftcli.launchers import fsdp
 
-    return fsdp.completed(_read_yaml(path), recipe, processes, place=path)
+    return fsdp.completed(_file(recipe), recipe, processes, place=path)
 
 
 def write(folder: Path, resolved: Mapping[str, Any]) -> None:
@@ -128,9 +128,35 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def shards_base(recipe: Recipe) -> bool:
     """Whether no process holds the whole base: FSDP, or ZeRO-3."""
-    launcher = recipe.launcher
-    if launcher.type != "deepspeed":
-        return launcher.type == "fsdp"
+    if recipe.launcher.type != "deepspeed":
+        return recipe.launcher.type == "fsdp"
     from peftcli.launchers import deepspeed
 
-    return deepspeed.stage(read_strict_json(find(launcher.type, launcher.config or DEFAULTS[launcher.type]))) == 3
+    return deepspeed.stage(_file(recipe)) == 3
+
+
+def offloaded(recipe: Recipe) -> frozenset[str]:
+    """Which of `base`, `gradients` and `optimizer` are kept in main memory between their uses.
+
+    Offloading moves what is sharded: FSDP's base, with gradients and moments of its own if it is trained; ZeRO's optimizer.
+    """
+    if recipe.launcher.type not in DEFAULTS:
+        return frozenset()
+    values, full = _file(recipe), recipe.adapter.config is None
+    if recipe.launcher.type == "fsdp":
+        moved = values["fsdp_config"].get("fsdp_offload_params", False)
+        return frozenset({"base", "gradients", "optimizer"} if full else {"base"}) if moved else frozenset()
+    from peftcli.launchers import deepspeed
+
+    found = deepspeed.offloaded(values)
+    names = {"base"} if "offload_param" in found else set()
+    if "offload_optimizer" in found:
+        names |= {"optimizer", "gradients"} if full and deepspeed.stage(values) == 3 else {"optimizer"}
+    return frozenset(names)
+
+
+def _file(recipe: Recipe) -> dict[str, Any]:
+    """A strategy's file as it is."""
+    launcher = recipe.launcher
+    path = find(launcher.type, launcher.config or DEFAULTS[launcher.type])
+    return read_strict_json(path) if launcher.type == "deepspeed" else _read_yaml(path)

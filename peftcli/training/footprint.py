@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch  # noqa: TID253
@@ -76,6 +76,7 @@ class Footprint:
         logits: most that the head holds, forward and backward.
         peak: most of all of these at one moment, which need not be the sum of each part's own.
         forward: allocated in blocks from the heap during one forward pass, freed ones too.
+        offloaded: names of those of these that are not there but in main memory, and not in `peak`.
     """
 
     base: int
@@ -87,6 +88,7 @@ class Footprint:
     peak: int
     forward: int
     gathered: int = 0
+    offloaded: tuple[str, ...] = ()
 
 
 class LiveBytes(TorchDispatchMode):
@@ -147,6 +149,7 @@ def footprint(
     *,
     device: torch.device,
     sharded_over: int = 1,
+    offloaded: Collection[str] = (),
 ) -> Footprint:
     """Run a step of the recipe's training, and of its evaluation, without data.
 
@@ -156,6 +159,7 @@ def footprint(
         evaluation: the heaviest evaluation batch.
         device: where the run will be.
         sharded_over: processes that share the base (FSDP); the method `full` shares gradients and moments, too.
+        offloaded: of `base`, `gradients` and `optimizer`, what is in main memory, where that is not the device's.
 
     Raises:
         InputError: the base can't be used, or the adapter does not fit it.
@@ -189,7 +193,8 @@ def footprint(
             peak += gradients  # those of the window's batches before
         state = _optimizer_state(model, recipe.training)
         # The step comes when activations are gone; on accelerators it holds a copy of what it updates.
-        peak = state + max(peak, gradients + (0 if device.type == "cpu" else gradients))
+        peak_of_step = gradients + (0 if device.type == "cpu" or "optimizer" in offloaded else gradients)
+        peak = state + max(peak, peak_of_step)
         if evaluation is not None and evaluation.tokens > train.tokens:
             model.zero_grad()
             watch = LiveBytes(held, vocabulary)
@@ -203,7 +208,9 @@ def footprint(
         gradients, state = -(-gradients // sharded_over), -(-state // sharded_over)
         peak += gradients + state + at_once  # a layer's gradients are whole until they are reduced
     peak += base_bytes + at_once + adapter + expanded
-    return Footprint(base_bytes, adapter, gradients, state, activations, logits, peak, forward, at_once)
+    parts = Footprint(base_bytes, adapter, gradients, state, activations, logits, peak, forward, at_once)
+    moved = sum(getattr(parts, name) for name in offloaded)
+    return replace(parts, peak=peak - moved, offloaded=tuple(sorted(offloaded)))
 
 
 def _trained(base: nn.Module, recipe: Recipe) -> nn.Module:

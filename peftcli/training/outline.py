@@ -19,7 +19,7 @@ from peftcli.recipe.adapter_section import settable
 from peftcli.recipe.schema import Recipe
 from peftcli.training.model import open_base
 from peftcli.training.optimizers import loraplus_groups
-from peftcli.training.strategies.zero3 import require_dense
+from peftcli.training.strategies.zero3 import require_fused_experts
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def outline(recipe: Recipe) -> Outline:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         linear = sum(isinstance(module, nn.Linear) for module in model.modules())
         if recipe.launcher.type == "deepspeed" and shards_base(recipe):
-            require_dense(model)
+            require_fused_experts(model)
         if recipe.adapter.config is not None:
             model = adapted(model, recipe.adapter.config, recipe.model.task_type)
     if training.loraplus_lr_ratio is not None:

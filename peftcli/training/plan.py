@@ -5,7 +5,8 @@ Where each number comes from:
 | part | from |
 |---|---|
 | base, adapter | shapes and types of the model's tensors, tied ones once |
-| gathered | of a base sharded by FSDP: what is in no layer, and two layers |
+| gathered | of a base sharded by FSDP or ZeRO-3: what is in no layer, and two layers |
+| in main memory | what FSDP or ZeRO offloads: no part of the peak, but of what a machine must have for its processes |
 | gradients, optimizer | a step of the real optimizer on tensors without data (`footprint.py`) |
 | activations, logits | the forward and backward pass over the heaviest batch on tensors without data |
 | file | pages of the checkpoint, which stay mapped beside weights that are converted; on the CPU only |
@@ -31,7 +32,7 @@ import torch  # noqa: TID253
 from peftcli.data.collate import MULTIPLE
 from peftcli.data.tokens import TokenDataset
 from peftcli.errors import PeftCliError
-from peftcli.launchers.configs import shards_base
+from peftcli.launchers.configs import offloaded, shards_base
 from peftcli.lazy import numpy as np
 from peftcli.recipe.schema import Recipe
 from peftcli.training.batches import row_length
@@ -61,6 +62,7 @@ class MemoryPlan:
         libraries: what the process holds besides tensors.
         allocator: what it holds of tensors that are gone.
         available: what is there; shared fairly between processes that share a device.
+        available_main: main memory for this process, where something is offloaded to it.
     """
 
     device: str
@@ -69,6 +71,7 @@ class MemoryPlan:
     libraries: int
     allocator: int
     available: int
+    available_main: int | None = None
 
     @property
     def peak(self) -> int:
@@ -76,7 +79,21 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.available
+        """Here, and in main memory."""
+        return self.peak <= self.available and self.main <= (self.available_main or self.main)
+
+    @property
+    def main(self) -> int:
+        """Bytes of what is offloaded, with the libraries that every process has there."""
+        parts = self.parts
+        return LIBRARIES + sum(getattr(parts, name) for name in parts.offloaded) if parts.offloaded else 0
+
+    def offloaded_rows(self) -> Iterator[tuple[str, int]]:
+        """Part and bytes in main memory, of a process on another device; the last is their sum."""
+        if self.parts.offloaded:
+            yield from ((name, getattr(self.parts, name)) for name in self.parts.offloaded)
+            yield "libraries", LIBRARIES
+            yield "sum", self.main
 
     def rows(self) -> Iterator[tuple[str, int]]:
         """Part and bytes, what is nothing left out; the last is the peak, less than the sum of parts."""
@@ -94,7 +111,7 @@ class MemoryPlan:
             "allocator": self.allocator,
             "peak": self.peak,
         }
-        return ((name, size) for name, size in named.items() if size)
+        return ((name, size) for name, size in named.items() if size and name not in parts.offloaded)
 
 
 def plan_memory(
@@ -113,7 +130,7 @@ def plan_memory(
         recipe: the run.
         train: its training data.
         evaluation: its evaluation data.
-        processes: on this machine; each holds the whole model, unless FSDP or ZeRO-3 shards it.
+        processes: of all machines; each holds the whole model, unless FSDP or ZeRO-3 shards it.
         device: of one of them; `training_device()` when None.
 
     Raises:
@@ -126,15 +143,17 @@ def plan_memory(
     try:
         with _quiet_fake_tensors():
             sharded_over = processes if shards_base(recipe) else 1
-            parts = footprint(recipe, batch, held_out, device=device, sharded_over=sharded_over)
+            moved = offloaded(recipe) if device.type != "cpu" else frozenset()
+            parts = footprint(recipe, batch, held_out, device=device, sharded_over=sharded_over, offloaded=moved)
     except PeftCliError:
         raise
     except Exception:  # a run may do without its plan, and a model without data may stumble anywhere
         return None
+    main = available_memory(torch.device("cpu")) // (processes // recipe.launcher.num_machines)
     if device.type != "cpu":
-        return MemoryPlan(str(device), parts, 0, 0, 0, available_memory(device))
+        return MemoryPlan(str(device), parts, 0, 0, 0, available_memory(device), main)
     allocator = int(KEPT_FREED * parts.forward) if _has_old_glibc() else 0
-    return MemoryPlan("cpu", parts, _converted(recipe), LIBRARIES, allocator, available_memory(device) // processes)
+    return MemoryPlan("cpu", parts, _converted(recipe), LIBRARIES, allocator, main)
 
 
 def _converted(recipe: Recipe) -> int:

@@ -50,18 +50,18 @@ def save_bases(folder: Path) -> dict[str, Path]:
     }
 
 
-def run_in_two(folder: Path, runs: list[tuple[str, str | None]]) -> None:
+def run_in_two(folder: Path, runs: list[tuple[str, str | None]], *, timeout: int = 400) -> None:
     """The worker of each (run folder, checkpoint to resume), one after another in the same two processes."""
     (folder / "runs.json").write_text(json.dumps(runs))
-    in_two_processes("worker_ranks.py", folder)
+    in_two_processes("worker_ranks.py", folder, timeout=timeout)
 
 
-def in_two_processes(script: str, folder: Path) -> None:
+def in_two_processes(script: str, folder: Path, *, timeout: int = 400) -> None:
     """A script of this folder, started by torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, str(Path(__file__).with_name(script)), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=timeout,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -85,7 +85,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def assert_equal(one: Path, other: Path, *, losses: float = 1e-5, values: float = 1e-4) -> None:
     for theirs, ours in zip(log(one), log(other), strict=True):
         for name in theirs.keys() & {"loss", "grad_norm", "eval_loss"}:
-            assert ours[name] == pytest.approx(theirs[name], abs=losses), name
+            # Norms may be large: a sum in another order rounds in their last digits.
+            rounding = 2e-5 if name == "grad_norm" else None
+            assert ours[name] == pytest.approx(theirs[name], abs=losses, rel=rounding), name
     expected, saved = weights(one), weights(other)
     assert saved.keys() == expected.keys()
     for name, tensor in expected.items():

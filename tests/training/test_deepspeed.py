@@ -19,7 +19,6 @@ from faults.nursery import make_place, outcome
 from safetensors.torch import load_file
 
 from peftcli.data.tokens import TokenDataset
-from peftcli.launchers.deepspeed import STAGE_3_METHODS
 from peftcli.training import worker
 from peftcli.training.batches import training_windows
 from peftcli.training.losses import chunk_rows
@@ -36,7 +35,8 @@ from training.side_by_side import (
     run_in_two,
     save_bases,
 )
-from training.tiny import VOCABULARY, settings
+from training.task_runs import prepare_halves, run_alone
+from training.tiny import VOCABULARY, settings, tiny_llama, tiny_model
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the package deepspeed")
 
@@ -64,7 +64,9 @@ FAST = {
     "full": Row({"method": "full"}, base="tied"),
 }
 """Fast. Full has two groups of parameters."""
+EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 ZERO3 = {
+    "experts": Row({**LORA, **EXPERTS}, base="mixture"),
     "modules_to_save": Row({**LORA, "modules_to_save": ["lm_head"]}, training={"gradient_checkpointing": True}),
     "long": Row(LORA, base="long"),
 }
@@ -98,6 +100,8 @@ SLOW = {
 }
 BFLOAT16 = Row(LORA, base="bfloat16", training={"bf16": True})
 DROPS = Row({**LORA, "lora_dropout": 0.2})
+TASKS = ("SEQ_2_SEQ_LM", "dpo")
+"""Fast; the others are in test_zero3.py."""
 CONTINUED = [
     ("zero2", "zero2"),
     ("zero1", "zero1"),
@@ -116,7 +120,11 @@ CONTINUED = [
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
-    return {**save_bases(folder), "long": save_base(folder / "long", max_position_embeddings=512)}
+    mixture = save_base(folder / "mixture")
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {name: getattr(tiny_llama().config, name) for name in (*names, "num_key_value_heads", "initializer_range")}
+    tiny_model("mixtral", **sizes, num_local_experts=4).save_pretrained(mixture)
+    return {**save_bases(folder), "long": save_base(folder / "long", max_position_embeddings=512), "mixture": mixture}
 
 
 def prepare(row: Row, folder: Path, bases: dict[str, Path], launcher: Launcher | None = None) -> None:
@@ -146,6 +154,9 @@ def fast(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path]) -> Pa
         for launcher in UNDER[name]:
             prepare(row, folder / f"{name}-{launcher}", bases, LAUNCHERS[launcher])
             runs.append((f"{name}-{launcher}", None))
+    for task in TASKS:
+        prepare_halves(run_alone(task, folder / task), folder / f"{task}-zero3", LAUNCHERS["zero3"])
+        runs.append((f"{task}-zero3", None))
     for launcher in ("zero3", "ddp"):
         BFLOAT16.prepare(folder / f"bfloat16-{launcher}", bases["bfloat16"], LAUNCHERS[launcher])
         runs.append((f"bfloat16-{launcher}", None))
@@ -169,6 +180,11 @@ def test_equals_one_process(name: str, fast: Path, bases: dict[str, Path], tmp_p
     worker.run(tmp_path / "one")
     for launcher in UNDER[name]:
         assert_equal(tmp_path / "one", fast / f"{name}-{launcher}")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_under_zero3_equals_one_process(task: str, fast: Path) -> None:
+    assert_equal(fast / task / "run", fast / f"{task}-zero3")
 
 
 @pytest.mark.slow
@@ -207,9 +223,7 @@ def test_what_runs_is_read_back(fast: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_method_allowed_under_zero3_equals_one_process(tmp_path: Path, bases: dict[str, Path]) -> None:
-    rows = (*FAST.values(), *ZERO3.values(), *SLOW.values())
-    assert {row.adapter["method"] for row in rows} == set(STAGE_3_METHODS)
+def test_every_kind_of_module_under_zero3_equals_one_process(tmp_path: Path, bases: dict[str, Path]) -> None:
     for name, row in SLOW.items():
         prepare(row, tmp_path / name, bases, LAUNCHERS["zero3"])
     run_in_two(tmp_path, [(name, None) for name in SLOW])

@@ -76,7 +76,11 @@ class ZeRO3(DeepSpeed):
         base = user_model(self.model)
         found = [getattr(base, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
         modules = {inner for module in found if isinstance(module, nn.Module) for inner in module.modules()}
-        tables = {id(table) for m in modules for table in (m._forward_pre_hooks, m._forward_hooks)}
+        # An adapter's own modules may be called by one process alone: its prompts, when they are saved.
+        bases = {module for _, module in base_modules(base)}
+        added = (m for m in root.modules() if m is not root and m not in bases)
+        unhooked = modules | {m for m in added if sharded.isdisjoint(m.parameters(recurse=False))}
+        tables = {id(table) for m in unhooked for table in (m._forward_pre_hooks, m._forward_hooks)}
         for handle in (*offload.forward_hooks, *offload.backward_hooks):
             if id(handle.hooks_dict_ref()) in tables:
                 handle.remove()
@@ -215,11 +219,16 @@ class _OneByOne(nn.Module):
             yield parameter
 
 
-def require_dense(model: nn.Module) -> None:
-    """Refuse bases with experts: which of them run, and gather their weights, would differ between processes.
+def require_fused_experts(model: nn.Module) -> None:
+    """Refuse bases whose experts are modules of their own: a token decides which run, and so which a process gathers.
 
     Raises:
-        InputError: the base has experts.
+        InputError: naming the list of them.
     """
-    if any("expert" in part for path, _ in base_modules(model) for part in path.split(".")):
-        raise InputError("a base with experts is not supported under ZeRO-3 yet", field="launcher.config", fix=OTHER)
+    for path, module in base_modules(model):
+        if isinstance(module, nn.ModuleList) and "expert" in path.rpartition(".")[2]:
+            raise InputError(
+                f"{path}: are modules of their own, of which each process would run, and gather, other ones",
+                field="launcher.config",
+                fix=OTHER,
+            )
