@@ -36,8 +36,6 @@ RUNS = {
     "fsdp": [SHARDED, HALVES],
     "fsdp-offload": ["launcher={type: fsdp, num_processes: 2, config: fsdp-offload}", HALVES],
     "fsdp-bfloat16": [SHARDED, HALVES, "model.dtype=bfloat16"],
-    "zero3": ["launcher={type: deepspeed, num_processes: 2, config: zero3}", HALVES],
-    "zero3-offload": ["launcher={type: deepspeed, num_processes: 2, config: zero3-offload}", HALVES],
     "fsdp-qlora": [
         *(SHARDED, HALVES, "model.dtype=bfloat16"),
         "quantization={load_in_4bit: true, bnb_4bit_compute_dtype: bfloat16, bnb_4bit_quant_storage: bfloat16}",
