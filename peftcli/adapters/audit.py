@@ -15,7 +15,8 @@ from peftcli.adapters.audit_gate import check_gate
 from peftcli.adapters.audit_modules import Contents, check_modules, sort_out
 from peftcli.adapters.audit_prompt import check_prompt
 from peftcli.adapters.audit_values import check_values
-from peftcli.adapters.base_facts import BaseFacts, find_base, read_base
+from peftcli.adapters.base_facts import BaseFacts, read_base
+from peftcli.adapters.base_places import find_base
 from peftcli.adapters.config import CONFIG_NAME, PeftConfig, TunerConfig, read_config
 from peftcli.adapters.findings import Findings
 from peftcli.adapters.fit import Fit, Found

@@ -6,8 +6,6 @@ read strictly; nothing is downloaded, imported or executed.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.adapters.base import SiteShape
+from peftcli.adapters.base_places import is_file
 from peftcli.adapters.header import TensorInfo, read_header
 from peftcli.adapters.values import FLOATS
 from peftcli.errors import InputError, printable
@@ -28,9 +27,6 @@ STORED_TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_trans
 
 EMBEDDINGS = frozenset({"embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings", "embed_in", "shared"})
 """What transformers calls tables of embeddings."""
-
-HUB_ID = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95}){0,3}")
-"""A model's id or a revision on the hub; what it never is: a path upwards."""
 
 
 @dataclass(frozen=True)
@@ -107,38 +103,6 @@ def _without_outermost(name: str) -> Iterator[str]:
     return (".".join(parts[start:]) for start in range(max(1, len(parts) - 1)))
 
 
-def find_base(name: str | None, revision: str | None, *, beside: Path) -> Path | None:
-    """The folder of the base an adapter names, if it is on this machine: a folder, or a model in the hub's cache.
-
-    Args:
-        name: `base_model_name_or_path`.
-        revision: its revision on the hub.
-        beside: the adapter's folder; relative names are tried from here and from the current folder.
-    """
-    if not name:
-        return None
-    for candidate in (Path(name), beside / name):
-        if _is_file(candidate / "config.json"):
-            # Behind a link to a folder, `..` is not the folder before it in the path.
-            return candidate.resolve() if ".." in candidate.parts else Path(os.path.normpath(candidate))
-    revision = revision or "main"
-    if HUB_ID.fullmatch(name) is None or HUB_ID.fullmatch(revision) is None:
-        return None
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    cached = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub") / f"models--{name.replace('/', '--')}"
-    reference = cached / "refs" / revision
-    commit = reference.read_text(encoding="utf-8", errors="replace").strip() if _is_file(reference) else revision
-    folder = cached / "snapshots" / commit
-    return folder if _is_file(folder / "config.json") else None
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name too long, or with characters no path can have
-        return False
-
-
 def read_base(folder: Path) -> BaseFacts:
     """Config and tensor headers of a base model's folder.
 
@@ -154,9 +118,9 @@ def read_base(folder: Path) -> BaseFacts:
 
 def weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files in a base model's folder; [] if its weights are of another kind. Raises as above."""
-    if _is_file(folder / WEIGHTS):
+    if is_file(folder / WEIGHTS):
         return [WEIGHTS]
-    if not _is_file(folder / INDEX):
+    if not is_file(folder / INDEX):
         return []
     index = read_strict_json(folder / INDEX, limit=MAX_INDEX_BYTES)
     shards = index.get("weight_map")

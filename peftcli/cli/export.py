@@ -164,28 +164,33 @@ def _verify(
 
 
 def _base(name: str | None, adapter: Path) -> Path:
-    """The base that was named, else the one the adapter names.
+    """The base that was named, else the one the adapter names; fetched or converted if need be, as training does.
 
     Raises:
-        InputError: if it is not on this machine.
+        InputError: if it can't be had.
     """
-    found = _found_base(name, adapter)
-    if found is None:
-        raise InputError("the adapter's base is not on this machine", place=adapter, fix="--base FOLDER")
-    return found
-
-
-def _found_base(name: str | None, adapter: Path) -> Path | None:
-    """The same, None if it is not on this machine."""
     if name is not None:
         return base_folder(name)
     from peftcli.adapters.audit import locate
-    from peftcli.adapters.base_facts import find_base
+    from peftcli.training.locate import base_of
+
+    locate(adapter)
+    return base_of(adapter)
+
+
+def _found_base(name: str | None, adapter: Path) -> Path | None:
+    """The same for forms that seldom need it: None if the adapter's base, as safetensors, is not on this machine."""
+    if name is not None:
+        return base_folder(name)
+    from peftcli.adapters.audit import locate
+    from peftcli.adapters.base_facts import weight_files
+    from peftcli.adapters.base_places import find_base
     from peftcli.adapters.config import CONFIG_NAME, read_config
 
     locate(adapter)
     config = read_config(adapter / CONFIG_NAME)
-    return find_base(config.base_model_name_or_path, config.revision, beside=adapter)
+    found = find_base(config.base_model_name_or_path, config.revision, beside=adapter)
+    return found if found is not None and weight_files(found) else None
 
 
 def _bytes(text: str | None) -> int | None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcli.adapters.audit import Audit, audit_folder
+from peftcli.adapters.base_places import find_base
 from peftcli.cli import console, inspect_views
 from peftcli.errors import EXIT_FAILURE, InputError, InputErrors
 from peftcli.inspection.summary import adapter_summary, kind_of, tensor_rows
@@ -17,7 +18,9 @@ from peftcli.inspection.tensors import tensors_summary
 
 def command(
     path: Annotated[Path, typer.Argument(help="Adapter or model folder, checkpoint, .safetensors file or recipe.")],
-    base: Annotated[Path | None, typer.Option(help="Folder of the base model, to compare shapes with.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model on this machine, by default the one the adapter names.")
+    ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     norms: Annotated[bool, typer.Option("--norms", help="Norms of each module's tensors and of its update.")] = False,
     svd: Annotated[bool, typer.Option("--svd", help="Effective rank of each module's update.")] = False,
@@ -30,8 +33,9 @@ def command(
     kind = kind_of(path)
     if kind != "adapter" and (norms or svd or plot or diff):
         raise InputError("--norms, --svd, --plot and --diff need an adapter's folder", place=path)
+    folder = _base_folder(base)
     if check:
-        return _check(path, kind, base, as_json)
+        return _check(path, kind, folder, as_json)
     if kind == "recipe":
         from peftcli.inspection.recipe import recipe_summary  # reads the schema, which other kinds need not wait for
 
@@ -46,15 +50,20 @@ def command(
 
         _show(model_summary(path) | ({"rows": model_rows(path)} if tensors else {}), as_json)
         return 0
-    audit = audit_folder(path, base=base)
+    audit = audit_folder(path, base=folder)
     if diff is not None:
-        return _diff(audit, diff, base, as_json)
+        return _diff(audit, diff, folder, as_json)
     summary = adapter_summary(audit)
     if tensors:
         summary["rows"] = tensor_rows(audit.file.path)
     _add_values(summary, audit, norms=norms, svd=svd, plot=plot)
     _show(summary, as_json)
     return _end(audit.errors)
+
+
+def _base_folder(name: str | None) -> Path | None:
+    """The folder of `--base`, which is looked at and never fetched or converted."""
+    return None if name is None else find_base(name, None, beside=Path()) or Path(name)
 
 
 def _show(summary: dict[str, Any], as_json: bool) -> None:

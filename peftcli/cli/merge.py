@@ -58,7 +58,9 @@ def command(
         rank=Rank.parse(rank) if rank else None,
         seed=seed,
     )
-    report = merge_adapters(paths, output, settings, base=base_folder(base), overwrite=overwrite)
+    report = merge_adapters(
+        paths, output, settings, base=base_folder(base) if base is not None else None, overwrite=overwrite
+    )
     if plot is not None:
         from peftcli.merging.plot import plot_merge
 
@@ -82,13 +84,14 @@ def numbers(values: list[str] | None, option: str) -> tuple[float, ...]:
     return found
 
 
-def base_folder(name: str | None) -> Path | None:
-    """The folder of `--base`: a folder, a .gguf file, package:NAME or a hub id."""
-    if name is None:
-        return None
+def base_folder(name: str) -> Path:
+    """The folder of `--base`: a folder, a .gguf file, package:NAME or a hub id; fetched or converted if need be."""
     from peftcli.training.locate import resolve_base
 
-    return resolve_base(name)
+    try:
+        return resolve_base(name)
+    except InputError as error:
+        raise error.at(field="--base") from error
 
 
 def _show(report: MergeReport, output: Path) -> None:

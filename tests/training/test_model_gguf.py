@@ -9,10 +9,11 @@ import pytest
 import torch
 from gguf_files import tokens, write
 
+from peftcli.adapters.base_places import package_model
 from peftcli.errors import InputError, RunError
 from peftcli.recipe.schema import ModelSection
 from peftcli.training import gguf as conversion
-from peftcli.training.gguf import converted, package_model
+from peftcli.training.gguf import converted
 from peftcli.training.locate import resolve_base
 from peftcli.training.model import load_base, load_tokenizer
 
