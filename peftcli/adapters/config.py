@@ -129,6 +129,10 @@ class PeftConfig(metaclass=ConfigType):
     revision: str | None = None
     auto_mapping: dict[str, Any] | None = None
     inference_mode: bool = False
+    file_keys: frozenset[str] = field(
+        default=frozenset(), metadata={"saved": False}, kw_only=True, repr=False, compare=False
+    )
+    """The keys of the file it was read from: they tell old versions' files."""
 
     @property
     def task(self) -> TaskType | None:
@@ -165,7 +169,10 @@ class PeftConfig(metaclass=ConfigType):
         (Path(save_directory) / CONFIG_NAME).write_text(self.to_json(), encoding="utf-8")
 
     def to_json(self) -> str:
-        return json.dumps(self.to_saved_dict(), indent=2, sort_keys=True) + "\n"
+        values = dict(
+            sorted(self.to_saved_dict().items())
+        )  # those inside stay in order: the first pattern that matches counts
+        return json.dumps(values, indent=2) + "\n"
 
     @classmethod
     def from_dict(cls: type[Config], values: dict[str, Any], *, place: str | Path = "adapter config") -> Config:
@@ -369,7 +376,9 @@ def read_config(path: Path) -> PeftConfig:
     if not isinstance(peft_type, str):
         raise InputError(f"is {printable(peft_type)}, not a string", place=path, field="peft_type")
     cls = config_class(peft_type, place=path)
-    return build_config(cls, cls.upgrade(values), place=path)
+    config = build_config(cls, cls.upgrade(values), place=path)
+    config.file_keys = frozenset(values)
+    return config
 
 
 def build_config(cls: type[Config], values: dict[str, Any], *, place: str | Path) -> Config:

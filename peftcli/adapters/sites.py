@@ -189,6 +189,15 @@ class ConvSite(Site):
         pointwise = b.to(x.dtype).reshape(*b.shape, *[1] * (kernel.dim() - 2))
         return convolve(hidden, pointwise, groups=groups)
 
+    def across_groups(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """B (A x) for A [r, in, kernel], which reads the channels of all groups, and B [out, r / groups or r, 1...]."""
+        conv, padded = self.module, self.module.padding_mode != "zeros"
+        if padded:
+            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.stored.dim() - 3]
+        hidden = convolve(x, a.to(x.dtype), None, conv.stride, 0 if padded else conv.padding, conv.dilation)
+        return convolve(hidden, b.to(x.dtype), groups=a.shape[0] // b.shape[1])
+
 
 class EmbeddingSite(Site):
     """nn.Embedding: tokens are the inputs, so the matrix is [dim, tokens]."""

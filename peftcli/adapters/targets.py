@@ -49,9 +49,9 @@ def pattern_value(pattern: Mapping[str, Value], module: str, default: Value, *, 
     """
     expressions = 0
     for key, value in pattern.items():
-        if module == key or module.endswith(f".{key}"):
-            return value
-        if PLAIN_NAME.fullmatch(key):  # its dots are meant as dots
+        if PLAIN_NAME.fullmatch(key):  # no need of the expressions' machinery: its dots are all there is to it
+            if _fits_ending(key, module):
+                return value
             continue
         expressions += 1
         if expressions > MAX_EXPRESSIONS:
@@ -59,6 +59,13 @@ def pattern_value(pattern: Mapping[str, Value], module: str, default: Value, *, 
         if fullmatch(rf"(.*\.)?({key})", module, field=field):
             return value
     return default
+
+
+def _fits_ending(key: str, module: str) -> bool:
+    """Whether a key of letters, digits and dots matches the module's name or an ending of it; a dot is any character."""
+    ending = module[len(module) - len(key) :] if 0 < len(key) <= len(module) else ""
+    whole = len(key) == len(module) or (ending and module[-len(key) - 1] == ".")
+    return bool(ending and whole) and all(sign in (".", found) for sign, found in zip(key, ending, strict=True))
 
 
 def is_all_linear(targets: Any) -> bool:

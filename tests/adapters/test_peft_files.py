@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,3 +131,74 @@ def test_a_method_that_changes_a_trained_bias_merges_it(bias: str) -> None:
     torch.testing.assert_close(model(IDS), expected)
     model.merge_adapter()
     torch.testing.assert_close(model.merge_and_unload()(IDS), expected)
+
+
+class Grouped(nn.Module):
+    """A convolution of two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(4, 6, 3, groups=2, padding=1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("groups", [2, 1], ids=["today", "0.13"])
+def test_a_grouped_convolution_as_peft_adapts_it(groups: int, tmp_path: Path) -> None:
+    """A reads the channels of all groups; B is grouped, or not in files of PEFT 0.13."""
+    base, x = Grouped(), torch.randn(2, 4, 7, 7)
+    a, b = torch.randn(2, 4, 3, 3), torch.randn(6, 2 // groups, 1, 1)
+    update = nn.functional.conv2d(nn.functional.conv2d(x, a, stride=2, padding=1), b, groups=groups)
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["conv"]}
+    tensors = {"conv.lora_A.weight": a, "conv.lora_B.weight": b}
+    expected = base(x) + 3 * update
+    model = PeftModel.from_pretrained(base, write(tmp_path / "peft", tensors, **settings))
+    torch.testing.assert_close(model(x), expected)
+    model.save_pretrained(tmp_path / "ours")
+    stored = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    assert {key: t.shape for key, t in stored.items()} == {f"base_model.model.{k}": t.shape for k, t in tensors.items()}
+    torch.testing.assert_close(PeftModel.from_pretrained(Grouped(), tmp_path / "ours")(x), expected)
+    with pytest.raises(ValueError, match="conv: Merging is not supported for a convolution with groups > 1"):
+        model.merge_adapter()
+
+
+def test_a_fresh_adapter_of_a_grouped_convolution_has_pefts_shapes_where_it_can() -> None:
+    def shapes(**options: Any) -> list[tuple[int, ...]]:
+        model = get_peft_model(Grouped(), LoraConfig(target_modules=["conv"], **options))
+        return [tuple(p.shape) for name, p in model.named_parameters() if "lora_" in name and "magnitude" not in name]
+
+    assert shapes(r=4) == [(4, 4, 3, 3), (6, 2, 1, 1)]
+    within = [(3, 2, 3, 3), (6, 3, 1, 1)]  # PEFT refuses what follows: the update is a part of the weight, and merges
+    assert shapes(r=3) == shapes(r=3, init_lora_weights="olora") == shapes(r=3, use_dora=True) == within
+
+
+@pytest.mark.parametrize("version", ["0.13", "today"])
+def test_a_pattern_means_what_it_meant_to_the_version_that_wrote_it(version: str, tmp_path: Path) -> None:
+    """To 0.13 the rank's key `lin` hides the alpha's; `lin|words` is `lin`, or `words` at the very end."""
+    base = Net()
+    a, b = torch.randn(2, 8), torch.randn(8, 2)
+    alpha = 16 if version == "today" else 4
+    expected = copy.deepcopy(base)
+    expected.lin.weight.data += b @ a * (alpha / 2)
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 4, "target_modules": ["lin"]}
+    settings |= {"rank_pattern": {"lin": 2}, "alpha_pattern": {"lin|words": 16}}
+    settings |= {"exclude_modules": None} if version == "today" else {}
+    tensors = {"lin.lora_A.weight": a, "lin.lora_B.weight": b}
+    model = PeftModel.from_pretrained(base, write(tmp_path / "peft", tensors, **settings))
+    torch.testing.assert_close(model(IDS), expected(IDS))
+    model.save_pretrained(tmp_path / "ours")
+    stored = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert (stored["rank_pattern"], stored["alpha_pattern"]) == ({"lin": 2}, {"lin": alpha})  # one meaning for both
+    torch.testing.assert_close(PeftModel.from_pretrained(Net(), tmp_path / "ours")(IDS), expected(IDS))
+
+
+def test_patterns_are_stored_in_their_order(tmp_path: Path) -> None:
+    """The first that matches counts; sorted, another one would."""
+    config = LoraConfig(target_modules=["lin"], rank_pattern={"lin": 2, ".*": 3}, alpha_pattern={"l.n": 6, ".*": 3})
+    model = disturbed(get_peft_model(Net(), config))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(Net(), tmp_path)
+    torch.testing.assert_close(again(IDS), model(IDS))
+    assert dict(again.base_model.model.lin.scaling) == {"default": 3.0}

@@ -7,6 +7,7 @@ files hold the kept ones only, and `rank_pattern` in the config tells where they
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,6 +80,9 @@ class AdaLoraConfig(LoraConfig):
 
     def adapter_variant(self) -> Method | None:
         return None
+
+    def follow_file(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Its rank_pattern is what training left; LoRA's is another."""
 
     def check_beside(self, others: list[PeftConfig]) -> None:
         if not self.inference_mode and any(isinstance(o, AdaLoraConfig) and not o.inference_mode for o in others):

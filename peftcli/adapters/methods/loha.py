@@ -7,15 +7,17 @@ kernel: each matrix becomes T x_1 Wa x_2 Wb with a core T [r, r, kernel].
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Gt, Le
 
-from peftcli.adapters.base import DeltaAdapter, Tensors, TensorSpec, fill
+from peftcli.adapters.base import Adapter, DeltaAdapter, Tensors, TensorSpec, fill
 from peftcli.adapters.config import TunerConfig
 from peftcli.adapters.methods.lora import Rank
+from peftcli.adapters.old_patterns import follow_old_patterns, read_alike
 from peftcli.adapters.targets import pattern_value
 from peftcli.lazy import torch
 
@@ -49,6 +51,9 @@ class LycorisConfig(TunerConfig):
     rank_pattern: dict[str, Rank] = field(default_factory=dict)
     alpha_pattern: dict[str, Alpha] = field(default_factory=dict)
 
+    def follow_file(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        follow_old_patterns(self, shapes)
+
 
 @dataclass
 class LoHaConfig(LycorisConfig):
@@ -75,6 +80,10 @@ class LycorisAdapter(DeltaAdapter):
 
     def initial_scaling(self) -> float:
         return self.alpha / self.r
+
+    @classmethod
+    def stored_config(cls, sites: list[tuple[Adapter, Tensors]], config: LycorisConfig) -> LycorisConfig:
+        return read_alike(config.stored(), [adapter.shape.name for adapter, _ in sites])
 
     @property
     def factors_kernel(self) -> bool:

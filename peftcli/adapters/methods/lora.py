@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from peftcli.adapters.base import LowRankAdapter, Tensors, TensorSpec, fill
+from peftcli.adapters.base import Adapter, LowRankAdapter, Tensors, TensorSpec, fill
 from peftcli.adapters.initializers import require_rank, start_factors, takes_start_from_base
 from peftcli.adapters.methods.lora_config import Alpha, LoftQConfig, LoraConfig, Rank
+from peftcli.adapters.old_patterns import read_alike
 from peftcli.adapters.targets import pattern_value
 from peftcli.errors import InputError
 from peftcli.lazy import torch
@@ -16,7 +17,7 @@ from peftcli.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from peftcli.adapters.sites import Site
+    from peftcli.adapters.sites import ConvSite, Site
 
 __all__ = ["Alpha", "LoftQConfig", "Lora", "LoraConfig", "Rank"]
 
@@ -54,15 +55,44 @@ class Lora(LowRankAdapter):
                 "lora_embedding_B": TensorSpec((out_features, r), "normal", trainable=learns_b),
             }
             return specs | self._start_specs()
-        ones = (1,) * len(shape.kernel)
-        a_shape = (r, shape.in_features // shape.groups, *shape.kernel) if shape.kind == "conv" else (r, in_features)
+        if shape.kind == "conv":
+            read, combined = self.channels
+            a_shape, b_shape = (r, read, *shape.kernel), (out_features, combined, *(1 for _ in shape.kernel))
+        else:
+            a_shape, b_shape = (r, in_features), (out_features, r)
+        if self.config.init_lora_weights == "orthogonal" and r % 2:
+            raise InputError(
+                f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead.",
+                place=shape.name,
+                field="r",
+            )
         specs = {
             "lora_A.weight": TensorSpec(a_shape, "kaiming"),
-            "lora_B.weight": TensorSpec((out_features, r, *ones), "zeros", trainable=learns_b),
+            "lora_B.weight": TensorSpec(b_shape, "zeros", trainable=learns_b),
         }
         if self.config.lora_bias:
             specs["lora_B.bias"] = TensorSpec((out_features,), "zeros")
         return specs | self._start_specs()
+
+    @cached_property
+    def channels(self) -> tuple[int, int]:
+        """(channels A reads, entries of A x an output of B combines) at a convolution of g groups.
+
+        Plain LoRA is what PEFT makes: A reads all channels, and B is grouped; a file of PEFT 0.13 has a B that is not. Where
+        that can't be (g does not divide r) or must be a part of the weight (starts, variants), A reads its group's only.
+        """
+        inputs, groups, r = self.shape.in_features, self.shape.groups, self.r
+        within, across = (inputs // groups, r), (inputs, r // groups)
+        told, plain = self.config.conv_channels.get(self.shape.name), type(self) is Lora
+        if told == within or (plain and told == (inputs, r)):
+            return told
+        plain &= told == across or self.config.init_lora_weights in (True, False, "gaussian")
+        return across if plain and not r % groups else within
+
+    @property
+    def crosses_groups(self) -> bool:
+        """Whether outputs depend on channels of other groups: as no grouped convolution's do, so there is no dW."""
+        return self.shape.groups > 1 and self.channels[0] == self.shape.in_features
 
     @property
     def _keeps_start(self) -> bool:
@@ -145,6 +175,8 @@ class Lora(LowRankAdapter):
         return p.lora_A, p.lora_B
 
     def factors(self, p: Tensors) -> tuple[Tensor, Tensor]:
+        if (problem := self.merge_problem()) and self.crosses_groups:
+            raise InputError(problem, place=self.shape.name)
         a, b = (factor.flatten(1) for factor in self.pair(p))
         if self._keeps_start:
             a, b = torch.cat([a, p.lora_A_start]), torch.cat([b, -p.lora_B_start], dim=1)
@@ -163,20 +195,29 @@ class Lora(LowRankAdapter):
                 held[key] = torch.cat([tensor, rest.reshape(tensor.shape)], dim=1)
         return held
 
+    @classmethod
+    def stored_config(cls, sites: list[tuple[Adapter, Tensors]], config: LoraConfig) -> LoraConfig:
+        return read_alike(config.stored(), [adapter.shape.name for adapter, _ in sites])
+
     def activation(self, p: Tensors, x: Tensor, site: Site) -> Tensor | None:
-        update = super().activation(p, x, site)
+        if self.crosses_groups:
+            update: Tensor | None = cast("ConvSite", site).across_groups(x, p.lora_A, p.lora_B * self.scaling)
+        else:
+            update = super().activation(p, x, site)
         bias = p.get("lora_B.bias")
         return (
             update if bias is None or update is None else update + site.broadcast(bias * self.scaling).to(update.dtype)
         )
 
     def with_module(self, p: Tensors, x: Tensor, site: Site) -> Tensor | None:
-        plain = type(self).activation is Lora.activation and not self.config.lora_bias
+        plain = type(self).activation is Lora.activation and not self.config.lora_bias and not self.crosses_groups
         return site.with_update(x, *self.factors(p)) if plain else None
 
     def merge_problem(self) -> str | None:
         if self.config.lora_bias and not self.shape.has_bias:
             return "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
+        if self.crosses_groups:
+            return "Merging is not supported for a convolution with groups > 1 whose A reads the channels of all groups"
         if self.config.layer_replication:
             return "Cannot merge LORA layers when base model layers are replicated"
         return super().merge_problem()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from peftcli.adapters.initializers import takes_start_from_base
 from peftcli.adapters.initializers.corda import CordaConfig
 from peftcli.adapters.initializers.eva import EvaConfig
 from peftcli.adapters.initializers.lora_ga import LoraGAConfig
+from peftcli.adapters.keys import PREFIX
 from peftcli.adapters.methods.lora_variants import (
     SETTINGS,
     VARIANTS,
@@ -23,6 +25,7 @@ from peftcli.adapters.methods.lora_variants import (
     VeloraConfig,
 )
 from peftcli.adapters.methods.trainable_tokens import TokenIndex, tokens_beside
+from peftcli.adapters.old_patterns import follow_old_patterns
 from peftcli.adapters.registry import Method
 from peftcli.errors import InputError
 
@@ -119,6 +122,8 @@ class LoraConfig(TunerConfig):
     runtime_config: LoraRuntimeConfig = runtime(LoraRuntimeConfig())
     prepared: Any = runtime(None)
     """(A0, B0) by module path, from a pass over data; B0 is None where B starts at zero."""
+    conv_channels: dict[str, tuple[int, int]] = runtime({})
+    """By module path, the second dimensions of A and B of convolutions in the file that is loaded (see `Lora.channels`)."""
 
     @property
     def variant(self) -> str | None:
@@ -135,6 +140,15 @@ class LoraConfig(TunerConfig):
         return (
             Method("expert_lora", "LoraConfig", "ExpertLora") if experts > 1 else Method("lora", "LoraConfig", "Lora")
         )
+
+    def follow_file(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Versions of PEFT adapt grouped convolutions differently; only the shapes of A and B tell which one did."""
+        follow_old_patterns(self, shapes)
+        for key, shape in shapes.items():
+            module, found, _ = key.removeprefix(PREFIX).partition(".lora_B.weight")
+            a_shape = shapes.get(key.replace(".lora_B.", ".lora_A."), ())
+            if found and len(shape) == len(a_shape) > 2:
+                self.conv_channels[module] = a_shape[1], shape[1]
 
     def stored(self) -> LoraConfig:
         """A start taken from the base is stored as plain LoRA of twice the rank at the same scaling."""
@@ -167,19 +181,12 @@ class LoraConfig(TunerConfig):
             raise InputError(
                 "`loftq_config` must be specified when `init_lora_weights` is 'loftq'.", field="loftq_config"
             )
-        if self.lora_bias and self.bias != "none":
-            raise InputError(f"`lora_bias=True` is not supported together with bias={self.bias!r}", field="lora_bias")
         if self.lora_bias and self.variant:
             raise InputError(f"`lora_bias=True` can't be combined with `{self.variant}`", field="lora_bias")
         if self.target_parameters and (self.lora_dropout or self.variant or self.lora_bias or self.fan_in_fan_out):
             raise InputError(
                 f"can't be combined with lora_dropout, {self.variant or 'use_dora'}, lora_bias or fan_in_fan_out",
                 field="target_parameters",
-            )
-        odd = [r for r in (self.r, *self.rank_pattern.values()) if r % 2]
-        if self.init_lora_weights == "orthogonal" and odd:
-            raise InputError(
-                f"Orthogonal initialization requires the LoRA rank to be even, got {odd[0]} instead.", field="r"
             )
 
     def _check_variant(self) -> None:

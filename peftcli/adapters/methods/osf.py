@@ -29,7 +29,7 @@ class OSFConfig(TunerConfig):
 
     Attributes:
         effective_rank: how many directions stay: a number, or a share of the smaller dimension; half if None.
-        rank_pattern: the same by module name or expression, where it differs.
+        rank_pattern: the same by an expression found anywhere in a module's name, where it differs.
         init_weights: False starts away from the base, for tests.
         target_svd_config: accepted and not used, as in PEFT.
     """
@@ -53,7 +53,8 @@ class Osf(DeltaAdapter):
     def kept(self) -> int:
         """How many directions stay."""
         smaller = min(self.shape.matrix)
-        rank: Any = pattern_value(self.config.rank_pattern or {}, self.shape.name, self.config.effective_rank)
+        pattern = {rf".*({key}).*": rank for key, rank in (self.config.rank_pattern or {}).items()}
+        rank: Any = pattern_value(pattern, self.shape.name, self.config.effective_rank)
         rank = 0.5 if rank is None else rank
         return min(max(int(rank * smaller) if isinstance(rank, float) else rank, 1), smaller)
 
