@@ -339,6 +339,9 @@ class TunerConfig(PeftConfig):
         """The adapter class for a bare parameter, where the config can target some; `experts` matrices are fused in it."""
         raise InputError(f"{self.peft_type} can't adapt parameters", field="target_parameters")
 
+    def settle_targets(self, chosen: list[str]) -> None:
+        """Make other fields agree with the modules that were chosen, before the config is saved."""
+
     @property
     def is_all_linear(self) -> bool:
         return is_all_linear(self.target_modules)

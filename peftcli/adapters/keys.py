@@ -77,7 +77,11 @@ class KeyReader:
             return Key(name, "", shared, True, tuple(faults))
         if not path.startswith(PREFIX):
             faults.append(f"lacks the prefix `{PREFIX}`")
-        return self._split(name, path.removeprefix(PREFIX).split("."), faults)
+        path = path.removeprefix(PREFIX)
+        if path.startswith(PREFIX):
+            faults.append(f"carries the prefix `{PREFIX}` more than once, left there by a PeftModel inside another")
+            path = path.removeprefix(PREFIX)
+        return self._split(name, path.split("."), faults)
 
     def _split(self, name: str, parts: list[str], faults: list[str]) -> Key:
         """The module and the parameter of a path in the base model."""

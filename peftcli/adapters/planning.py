@@ -114,6 +114,7 @@ def _targets(model: nn.Module, config: TunerConfig, base: dict[str, nn.Module]) 
     chosen = select(config, base, linear=linear)
     if config.is_all_linear:
         config.target_modules = set(shortest_names(chosen, base))
+    config.settle_targets(chosen)
     for field, missing in unmatched(config, base) if given is not None else ():
         warnings.warn(f"{field}: `{missing}` matches no module of the model", stacklevel=5)
     return chosen

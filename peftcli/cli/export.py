@@ -81,7 +81,11 @@ def _check(
     if to is not None and output is None:
         raise InputError("is needed", field="--output", fix="-o FOLDER")
     if to == "gguf" and target is not None:
-        raise InputError("means nothing for --to gguf, which PEFT can't load", field="--target")
+        raise InputError(
+            "judges adapters, not the GGUF files made of them",
+            field="--target",
+            fix=f"`peft export {adapters[0]} --target {target}` judges it; --to gguf without --target writes for both",
+        )
     if len(adapters) > 1 and to != "merged":
         raise InputError("takes one adapter", field="--to", fix="peft merge makes one adapter of several")
     for value, option, forms in (

@@ -92,6 +92,7 @@ def test_wrong_tensors(changes: dict[str, Tensor | None], says: list[str], tmp_p
 
 WRONG_NAMES: dict[str, tuple[Callable[[str], str], str]] = {
     "no prefix": (lambda name: name.removeprefix("base_model.model."), "lacks the prefix `base_model.model.`"),
+    "two prefixes": (lambda name: f"base_model.model.{name}", "carries the prefix `base_model.model.` more than once"),
     "half a prefix": (lambda name: name.removeprefix("base_model."), "lacks the prefix"),
     "adapter's name": (lambda name: name.replace(".weight", ".default.weight"), "adapter's name `.default.`"),
     "another name": (lambda name: name.replace(".weight", ".mine.weight"), "adapter's name `.mine.`"),

@@ -51,6 +51,17 @@ class IA3Config(TunerConfig):
                 allowed=", ".join(sorted(targets)),
             )
 
+    def settle_targets(self, chosen: list[str]) -> None:
+        """Keep `feedforward_modules` a subset of `target_modules`, as files have it: what it means beyond by its paths.
+
+        The usual ones of a model type, or those beside `all-linear`, need not be among the targets' names.
+        """
+        targets, feedforward = self.target_modules, self.feedforward_modules
+        if isinstance(targets, set) and isinstance(feedforward, set):
+            beyond = {path for path in chosen if matches(feedforward - targets, path, field="feedforward_modules")}
+            self.feedforward_modules = (feedforward & targets) | beyond
+            self.target_modules = targets | beyond
+
 
 class Ia3(TransformAdapter):
     """A scale on inputs or outputs."""
