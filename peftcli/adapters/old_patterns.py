@@ -8,6 +8,7 @@ brackets (`targets.pattern_value`). So a rank's key can hide an alpha there, and
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 from peftcli.adapters.expressions import fullmatch
 from peftcli.adapters.keys import PREFIX
 from peftcli.adapters.targets import pattern_value
+from peftcli.errors import InputError
 
 Config = TypeVar("Config")
 Pair = tuple[int, float]
@@ -23,15 +25,20 @@ Pair = tuple[int, float]
 def follow_old_patterns(config: Any, keys: Iterable[str]) -> None:
     """Make the patterns of a config that PEFT 0.13 wrote mean today what they meant there, if they would not.
 
+    One that is no honest expression stays as it is, for who looks at it next to refuse it with its place.
+
     Args:
         config: read from a file; changed.
         keys: of the file's tensors.
     """
     if (config.rank_pattern or config.alpha_pattern) and config.file_keys and "exclude_modules" not in config.file_keys:
         parts = (key.removeprefix(PREFIX).partition(f".{config.prefix}") for key in keys)
-        meant = {module: old_values(config, module) for module, found, _ in parts if found}
-        if any(values_now(config, module) != values for module, values in meant.items()):
-            config.rank_pattern, config.alpha_pattern = _by_path(meant)
+        modules = [module for module, found, _ in parts if found]
+        with suppress(InputError):
+            today = {module: values_now(config, module) for module in modules}
+            meant = {module: old_values(config, module) for module in modules}
+            if meant != today:
+                config.rank_pattern, config.alpha_pattern = _by_path(meant)
 
 
 def read_alike(config: Config, modules: Iterable[str]) -> Config:
