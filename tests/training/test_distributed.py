@@ -40,6 +40,13 @@ def test_gradients_equal_those_of_one_process(results: dict[str, Any], tmp_path:
         assert vector == pytest.approx(alone[number // 3], rel=1e-9, abs=1e-12)
 
 
+def test_parameters_that_no_batch_uses_keep_nobody_waiting(results: dict[str, Any], tmp_path: Path) -> None:
+    """DDP would average the others' gradients in part only, and say so at the next step, which a last one has not."""
+    expected = [0.0] * 5 + moved(tmp_path, 8, 8, 1)
+    for vector in results["unused"]:
+        assert vector == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
 def test_resume_is_bit_identical(results: dict[str, Any]) -> None:
     assert results["resumed"]["same weights"]
     assert results["resumed"]["same log"]

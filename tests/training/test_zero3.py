@@ -42,16 +42,17 @@ def test_every_method_equals_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_task_equals_one_process(tmp_path: Path) -> None:
-    """Pairs are compared with FSDP: what they are told from depends on the batch. (DDP wants BERT's pooler used.)"""
+    """Pairs are compared with FSDP and DDP: what they are told from depends on the batch."""
     alone = {task: run_alone(task, tmp_path / task) for task in TASKS}
-    launchers = {"zero3": ZERO3, "fsdp": FSDP}
+    launchers = {"zero3": ZERO3, "fsdp": FSDP, "ddp": DDP}
     runs = [(task, name) for task in TASKS for name in launchers if name == "zero3" or task == "FEATURE_EXTRACTION"]
     for task, name in runs:
         prepare_halves(alone[task], tmp_path / f"{task}-{name}", launchers[name])
     run_in_two(tmp_path, [(f"{task}-{name}", None) for task, name in runs])
     for task in TASKS:
-        judge = tmp_path / f"{task}-fsdp" if task == "FEATURE_EXTRACTION" else alone[task]
-        assert_equal(judge, tmp_path / f"{task}-zero3")
+        pairs = task == "FEATURE_EXTRACTION"
+        for judge in (tmp_path / f"{task}-fsdp", tmp_path / f"{task}-ddp") if pairs else (alone[task],):
+            assert_equal(judge, tmp_path / f"{task}-zero3")
 
 
 def test_experts_that_are_modules_of_their_own_are_refused() -> None:

@@ -18,9 +18,11 @@ from peftcli.training.signals import Interrupted
 from training.tiny import Recorder, random_data, tiny_llama, trainer
 
 
-def moved(folder: Path, samples: int, batch: int, accumulation: int) -> list[float]:
-    """By how much one step of plain SGD moves the weights, in float64."""
+def moved(folder: Path, samples: int, batch: int, accumulation: int, *, unused: int = 0) -> list[float]:
+    """By how much one step of plain SGD moves the weights, in float64; `unused` ones, which no batch uses, stand in front."""
     model = tiny_llama().double()
+    if unused:
+        model.unused = nn.Parameter(torch.ones(unused, dtype=torch.double))
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     trainer(
         folder, model, train_data=random_data(samples), per_device_train_batch_size=batch, max_steps=1, optim="sgd",
@@ -72,6 +74,7 @@ def main(folder: Path) -> None:
     assert run.world_size == 2
     results = {
         "accumulation": [moved(folder, samples, *shape) for samples in (8, 6, 5) for shape in ((4, 1), (2, 2), (1, 4))],
+        "unused": [moved(folder, 8, *shape, unused=5) for shape in ((4, 1), (2, 2))],
         "resumed": resumed(folder / "resumed"),
         "poisoned": poisoned(folder, run.rank),
         "signalled": signalled(folder / "signalled", run.rank),

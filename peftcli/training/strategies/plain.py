@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: TID253
-from accelerate import Accelerator  # noqa: TID253
+from accelerate import Accelerator, DistributedDataParallelKwargs  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm  # noqa: TID253
 from torch.optim import Optimizer  # noqa: TID253
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
     from peftcli.recipe.schema import LauncherSection, ModelSection, QuantizationSection
     from peftcli.recipe.training_section import TrainingSection
+
+DDP_OPTIONS = DistributedDataParallelKwargs(find_unused_parameters=True)
+"""A trained parameter that a batch leaves out (the pooler in front of no head, an expert nobody is sent to) must not keep DDP
+waiting for its gradient: it would leave others of the step unaveraged, and say so at the next step only, if there is one."""
 
 MakeOptimizer = Callable[[], Optimizer]
 """Builds the optimizer over the model's trainable parameters, as they are by then."""
@@ -59,8 +64,12 @@ class Strategy:
     ) -> None:
         self.settings, self.config = settings, config or {}
         self.accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(), log_with=list(settings.report_to) or None, project_dir=project_dir
+            cpu=not torch.accelerator.is_available(),
+            log_with=list(settings.report_to) or None,
+            project_dir=project_dir,
+            kwargs_handlers=[DDP_OPTIONS],
         )
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         self.name = "one process" if self.accelerator.num_processes == 1 else "DDP"
 
     # -- what it is ---------------------------------------------------------------------------------------------------
