@@ -207,7 +207,7 @@ def test_merged_is_adapted_and_unmerge_is_exact(row: Row, site: SiteCase) -> Non
     )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if any(layer.adapters["default"].merge_problem() for _, layer in model.base_model.attached.layers()):
-        with pytest.raises(ValueError, match="(?i)merg"):
+        with pytest.raises(ValueError, match=r"(?i)merg"):
             model.merge_adapter()
         return
     model.merge_adapter()
