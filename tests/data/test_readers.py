@@ -94,7 +94,11 @@ BROKEN = [
     ("empty.parquet", b"", r"empty\.parquet: is no readable Parquet file"),
     ("cut.jsonl.gz", gzip.compress(GOOD * 1000, mtime=0)[:-20], r"cut\.jsonl\.gz: is not a whole gzip file"),
     ("plain.jsonl.gz", GOOD, r"plain\.jsonl\.gz: is not a whole gzip file"),
-    ("bomb.jsonl.gz", gzip.compress(b" " * (64 << 20), mtime=0), r"bomb\.jsonl\.gz: unpacks to more than 200 times its size"),
+    (
+        "bomb.jsonl.gz",
+        gzip.compress(b" " * (64 << 20), mtime=0),
+        r"bomb\.jsonl\.gz: unpacks to more than 200 times its size",
+    ),
     ("rows.parquet.gz", GOOD, r"is no known kind of data file \(\.parquet\.gz\)"),
     ("load.py", b"raise SystemExit\n", r"is a loading script \(\.py\)"),
     ("model.safetensors", b"", r"is a model file \(\.safetensors\)"),
