@@ -91,7 +91,7 @@ def options(config: PeftConfig) -> dict[str, Any]:
     result = {}
     for item in fields(config):
         default = item.default if item.default_factory is MISSING else item.default_factory()
-        if item.name not in SHOWN_ELSEWHERE and getattr(config, item.name) != default:
+        if item.name in values and item.name not in SHOWN_ELSEWHERE and getattr(config, item.name) != default:
             result[item.name] = values[item.name]
     return result
 

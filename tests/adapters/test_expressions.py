@@ -65,7 +65,7 @@ def test_a_pattern_of_plain_names_needs_no_expressions() -> None:
     names = {f"model.layers.{i}.q_proj": i + 1 for i in range(20_000)}
     assert pattern_value(names, "model.layers.19999.q_proj", 0) == 20_000
     assert pattern_value({"q_proj": 2, r".*v_proj": 3}, "a.v_proj", 0) == 3
-    assert pattern_value({"q.proj": 2}, "a.q_proj", 0) == 0  # a dot is a dot
+    assert pattern_value({"q.proj": 2}, "a.q_proj", 0) == 2  # as in PEFT, a dot is any character
 
 
 def test_too_many_expressions() -> None:

@@ -104,4 +104,6 @@ class PTuning(PromptMethod):
         rows = p.embedding.weight
         if self.is_plain:
             return rows
-        return p.mlp_head(p.lstm_head(rows)[0] if self.is_lstm else rows)
+        # What is saved is computed in full precision, and not every CPU has an LSTM in bfloat16.
+        with torch.autocast(rows.device.type, enabled=False):
+            return p.mlp_head(p.lstm_head(rows)[0] if self.is_lstm else rows)
