@@ -169,9 +169,8 @@ class PeftConfig(metaclass=ConfigType):
         (Path(save_directory) / CONFIG_NAME).write_text(self.to_json(), encoding="utf-8")
 
     def to_json(self) -> str:
-        values = dict(
-            sorted(self.to_saved_dict().items())
-        )  # those inside stay in order: the first pattern that matches counts
+        # What is inside a field stays in order: the first pattern that matches counts.
+        values = dict(sorted(self.to_saved_dict().items()))
         return json.dumps(values, indent=2) + "\n"
 
     @classmethod

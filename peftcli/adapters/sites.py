@@ -185,18 +185,20 @@ class ConvSite(Site):
         kernel = a.to(x.dtype).reshape(a.shape[0], *self.stored.shape[1:])
         groups = self.module.groups
         hidden = self.module._conv_forward(x, kernel.repeat(groups, *[1] * (kernel.dim() - 1)), None)
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.stored.dim() - 3]
         pointwise = b.to(x.dtype).reshape(*b.shape, *[1] * (kernel.dim() - 2))
-        return convolve(hidden, pointwise, groups=groups)
+        return self._convolve(hidden, pointwise, groups=groups)
 
     def across_groups(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """B (A x) for A [r, in, kernel], which reads the channels of all groups, and B [out, r / groups or r, 1...]."""
         conv, padded = self.module, self.module.padding_mode != "zeros"
         if padded:
             x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.stored.dim() - 3]
-        hidden = convolve(x, a.to(x.dtype), None, conv.stride, 0 if padded else conv.padding, conv.dilation)
-        return convolve(hidden, b.to(x.dtype), groups=a.shape[0] // b.shape[1])
+        hidden = self._convolve(x, a.to(x.dtype), None, conv.stride, 0 if padded else conv.padding, conv.dilation)
+        return self._convolve(hidden, b.to(x.dtype), groups=a.shape[0] // b.shape[1])
+
+    @property
+    def _convolve(self) -> Callable[..., Tensor]:
+        return (F.conv1d, F.conv2d, F.conv3d)[self.stored.dim() - 3]
 
 
 class EmbeddingSite(Site):

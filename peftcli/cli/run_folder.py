@@ -14,9 +14,9 @@ from pathlib import Path
 
 from peftcli.errors import InputError, printable
 from peftcli.files import write_atomically
+from peftcli.names import RECIPE
 from peftcli.training.checkpoints import disk_errors, is_temporary, remove
 
-RECIPE = "recipe.yaml"
 FIRST_LINE = "# The recipe of this run, resolved. Written by `peft train`."
 DATA = "data"
 AUDIT = "audit.json"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peftcli.adapters.config import CONFIG_NAME, TaskType, read_config
 from peftcli.data.formats import TASK_FORMATS
 from peftcli.errors import InputError, nearest, printable
+from peftcli.names import MODEL_CONFIG, RECIPE
 from peftcli.recipe.adapter_section import FULL
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.schema import DataSection, DataSource, ModelSection, QuantizationSection, Recipe
@@ -19,8 +20,6 @@ from peftcli.recipe.task_rules import task_of
 if TYPE_CHECKING:
     from peftcli.data.tokens import TokenDataset
 
-RECIPE_NAME = "recipe.yaml"
-MODEL_CONFIG = "config.json"
 TRAIN_DATA, EVAL_DATA = Path("data") / "train.safetensors", Path("data") / "eval.safetensors"
 
 
@@ -158,10 +157,10 @@ def find_subject(path: str, base: str | None = None) -> Subject:
         run = Path(recipe.training.output_dir)
         adapter: Path | str = run
     else:
-        run = next((folder for folder in (given, given.parent) if (folder / RECIPE_NAME).is_file()), None)
+        run = next((folder for folder in (given, given.parent) if (folder / RECIPE).is_file()), None)
         adapter = given if given.exists() else path
-    if run is not None and (run / RECIPE_NAME).is_file():  # what was trained, whatever became of the recipe since
-        recipe = load_recipe(run / RECIPE_NAME, check_paths=False)
+    if run is not None and (run / RECIPE).is_file():  # what was trained, whatever became of the recipe since
+        recipe = load_recipe(run / RECIPE, check_paths=False)
     if isinstance(adapter, Path):
         _require_trained(adapter, recipe, f"train it first: peft train {path}" if adapter != given else None)
     return Subject(adapter, _model(adapter, recipe, base), recipe.quantization if recipe else None, run, recipe)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from peftcli.errors import InputError
 from peftcli.lazy import torch
+from peftcli.names import RECIPE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from peftcli.recipe.schema import Recipe
 
-RECIPE = "recipe.yaml"
 BLOCK_SIZE = 64  # bitsandbytes' default, which transformers takes
 CHOICES = ("original", "dequantized")
 

@@ -14,10 +14,9 @@ from peftcli.adapters.header import read_header
 from peftcli.adapters.keys import Key
 from peftcli.errors import InputError
 from peftcli.files import read_strict_json
-from peftcli.inspection.summary import MODEL_CONFIG, WHOLE_CHECKPOINT, tensor_rows
+from peftcli.inspection.summary import tensor_rows
 from peftcli.inspection.training import training_facts
-
-RECIPE = "recipe.yaml"
+from peftcli.names import MODEL_CONFIG, RECIPE, TRAINABLE
 
 
 def model_summary(folder: Path) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def model_problems(folder: Path) -> list[str]:
 
 def _files(folder: Path) -> list[str]:
     """Names of the files with its weights; a checkpoint of a run has them without a config."""
-    return [WHOLE_CHECKPOINT] if (folder / WHOLE_CHECKPOINT).is_file() else weight_files(folder)
+    return [TRAINABLE] if (folder / TRAINABLE).is_file() else weight_files(folder)
 
 
 def _base(folder: Path) -> str | None:

@@ -15,10 +15,8 @@ from peftcli.adapters.pickle_header import read_pickle_header
 from peftcli.adapters.targets import layer_index
 from peftcli.errors import InputError
 from peftcli.inspection.training import training_facts
+from peftcli.names import MODEL_CONFIG, TRAINABLE
 
-MODEL_CONFIG = "config.json"
-WHOLE_CHECKPOINT = "trainable.safetensors"
-"""In a checkpoint of a run that trains every weight."""
 SUFFIXES = {".yaml": "recipe", ".yml": "recipe", ".safetensors": "tensors", ".bin": "tensors"}
 ALLOWED = "an adapter's or a model's directory, a .safetensors file or a recipe (.yaml)"
 
@@ -134,7 +132,7 @@ def kind_of(path: Path) -> str:
     """
     try:
         if path.is_dir():
-            is_model = any((path / name).is_file() for name in (MODEL_CONFIG, WHOLE_CHECKPOINT))
+            is_model = any((path / name).is_file() for name in (MODEL_CONFIG, TRAINABLE))
             return "model" if is_model and not (path / CONFIG_NAME).exists() else "adapter"
         if not path.exists() and not path.is_symlink():
             raise InputError("does not exist", place=path, allowed=ALLOWED)

@@ -76,14 +76,14 @@ def resolve(recipe: Recipe, processes: int) -> dict[str, Any]:
             path = Path(launcher.config)
             accelerate.check(_read_yaml(path), recipe, processes, place=path)
         return {}
-    path = find(launcher.type, launcher.config or DEFAULTS[launcher.type])
+    path, values = _file(recipe)
     if launcher.type == "deepspeed":
         from peftcli.launchers import deepspeed
 
-        return deepspeed.completed(_file(recipe), recipe, processes, place=path)
+        return deepspeed.completed(values, recipe, processes, place=path)
     from peftcli.launchers import fsdp
 
-    return fsdp.completed(_file(recipe), recipe, processes, place=path)
+    return fsdp.completed(values, recipe, processes, place=path)
 
 
 def write(folder: Path, resolved: Mapping[str, Any]) -> None:
@@ -132,7 +132,7 @@ def shards_base(recipe: Recipe) -> bool:
         return recipe.launcher.type == "fsdp"
     from peftcli.launchers import deepspeed
 
-    return deepspeed.stage(_file(recipe)) == 3
+    return deepspeed.stage(_file(recipe)[1]) == 3
 
 
 def offloaded(recipe: Recipe) -> frozenset[str]:
@@ -142,7 +142,7 @@ def offloaded(recipe: Recipe) -> frozenset[str]:
     """
     if recipe.launcher.type not in DEFAULTS:
         return frozenset()
-    values, full = _file(recipe), recipe.adapter.config is None
+    (_, values), full = _file(recipe), recipe.adapter.config is None
     if recipe.launcher.type == "fsdp":
         moved = values["fsdp_config"].get("fsdp_offload_params", False)
         return frozenset({"base", "gradients", "optimizer"} if full else {"base"}) if moved else frozenset()
@@ -155,8 +155,8 @@ def offloaded(recipe: Recipe) -> frozenset[str]:
     return frozenset(names)
 
 
-def _file(recipe: Recipe) -> dict[str, Any]:
-    """A strategy's file as it is."""
+def _file(recipe: Recipe) -> tuple[Path, dict[str, Any]]:
+    """A strategy's file, and what is in it as it is."""
     launcher = recipe.launcher
     path = find(launcher.type, launcher.config or DEFAULTS[launcher.type])
-    return read_strict_json(path) if launcher.type == "deepspeed" else _read_yaml(path)
+    return path, read_strict_json(path) if launcher.type == "deepspeed" else _read_yaml(path)

@@ -22,8 +22,8 @@ from torch import Tensor, nn  # noqa: TID253
 from torch.optim import Optimizer  # noqa: TID253
 
 from peftcli.errors import InputError, InputErrors, RunError, printable
+from peftcli.names import TRAINABLE
 
-TRAINABLE = "trainable.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 TRAINER = "trainer.json"
 

@@ -33,6 +33,7 @@ from peftcli.errors import EXIT_FAILURE, InputError, PeftCliError, printable
 from peftcli.files import sha256
 from peftcli.launchers.machines import machine_folder
 from peftcli.launchers.run import INTERRUPTED
+from peftcli.names import RECIPE
 from peftcli.recipe.load import load_recipe
 from peftcli.recipe.redact import redact
 from peftcli.recipe.schema import Recipe
@@ -70,7 +71,6 @@ from peftcli.training.starts import start_from_data
 from peftcli.training.strategies import make_strategy
 from peftcli.training.strategies.plain import Strategy
 
-RECIPE_NAME = "recipe.yaml"
 PLOT_NAME = "loss.png"
 
 
@@ -92,7 +92,7 @@ def run(run_folder: Path, *, resume: str | None = None, console: Console | None 
         Interrupted: a signal came; a checkpoint was written.
     """
     prepared = machine_folder(run_folder, machines.machine_rank())
-    recipe = load_recipe(prepared / RECIPE_NAME, check_paths=False)
+    recipe = load_recipe(prepared / RECIPE, check_paths=False)
     require_trackers(recipe.training.report_to)
     rank = int(os.environ.get("RANK", "0"))
     rank_log = _rank_log(prepared, rank)
@@ -243,7 +243,7 @@ class _Worker:
             feed=Feed if stream is None else partial(StreamFeed, stream, self._say),
             row_length=row_length(self.recipe),
             published_step=machines.first_says(RunResult.published_step(self.folder)),
-            manifest={"recipe": sha256(self.prepared / RECIPE_NAME), "versions": versions()},
+            manifest={"recipe": sha256(self.prepared / RECIPE), "versions": versions()},
             identity={**identity(self.recipe), **(stream.identity() if stream else {})},
         )
 
